@@ -1,0 +1,1 @@
+"""The hospital side: Flower ClientApp, site policy and state, data preparation, audit."""

@@ -1,0 +1,1 @@
+"""The learning method and everything both sides share; never imports Flower."""

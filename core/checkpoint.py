@@ -1,0 +1,110 @@
+"""Files that survive a kill: written aside, synced, renamed; tensors in safetensors, facts in JSON."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from core.errors import UserError
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: after a crash at any instant it holds the old bytes or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable (POSIX needs the directory itself synced)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_directory(aside: Path, final: Path) -> None:
+    """Sync a finished directory and rename it into place as one step."""
+    for file in aside.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    sync_directory(aside)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    sync_directory(final.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable by a person."""
+    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read as JSON: {error}") from None
+
+
+def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> str:
+    """Write named arrays as safetensors, atomically; returns the sha256 of the file in hex.
+
+    Arrays are stored in sorted order, so equal contents give equal files.
+    """
+    ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    data = save(ordered, metadata)
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Read arrays and metadata written by `save_arrays`.
+
+    Raises:
+        UserError: the file is missing, or is not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{path}' is not a whole safetensors file: {error}") from None
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_arrays(arrays: Arrays) -> str:
+    """A digest of names, dtypes, shapes and bytes of a set of arrays, independent of their order."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,225 @@
+"""A study's recipe: one TOML file read into frozen, strictly checked models.
+
+Defaults live here, once; a recipe in `configs/` holds only what differs. The same reader checks the
+JSON form in which a recipe travels to the sites.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Jitter = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("must be [low, high]")
+    return pair
+
+
+Area = Annotated[
+    tuple[Annotated[float, Field(ge=1e-3, le=1)], Annotated[float, Field(ge=1e-3, le=1)]],
+    AfterValidator(_ordered),
+]
+Sigma = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=10)], Annotated[float, Field(ge=0, le=10)]],
+    AfterValidator(_ordered),
+]
+
+
+class Strict(BaseModel):
+    """Base of every file we read: no unknown key, no silent conversion, no change after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Strict):
+    """Backbone (any timm vision transformer) and projection head."""
+
+    backbone: Annotated[str, Field(min_length=1)] = "vit_tiny_patch16_224"
+    """timm model name."""
+    options: dict[str, int | float | bool | str] = {}
+    """Further arguments of timm.create_model, such as depth or patch_size."""
+    init_file: str = ""
+    """Pretrained backbone (.safetensors, timm names), read by the coordinator only; empty: random."""
+    head_hidden: Count = 256
+    embedding_dim: Annotated[int, Field(ge=2)] = 64
+    drop_path: Jitter = 0.0
+    """Stochastic depth of the student."""
+
+
+class ViewsConfig(Strict):
+    """Multi-crop augmentation."""
+
+    global_px: Annotated[int, Field(ge=8)] = 64
+    local_px: Annotated[int, Field(ge=8)] = 32
+    local_views: Annotated[int, Field(ge=0)] = 4
+    global_area: Area = (0.2, 1.0)
+    """Cropped share of the image's area, lowest and highest."""
+    local_area: Area = (0.05, 0.2)
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 30.0
+    flip_probability: Share = 0.5
+    jitter_probability: Share = 0.8
+    brightness: Jitter = 0.2
+    contrast: Jitter = 0.2
+    saturation: Jitter = 0.1
+    hue: Jitter = 0.02
+    blur_sigma: Sigma = (0.1, 1.0)
+    """Gaussian sigma in pixels of a 224-pixel view; scaled with the view."""
+    blur_probability: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)
+    """For the first global, the second global and the local views."""
+
+
+class MemoryConfig(Strict):
+    """Memory bank of past teacher embeddings, one ring a modality."""
+
+    entries_per_modality: Annotated[int, Field(ge=16)] = 256
+    blocks: Count = 1
+    at_round_start: Literal["kept", "refilled"] = "kept"
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if self.blocks > self.entries_per_modality // 8:
+            raise ValueError("a block needs at least 8 entries: lower 'blocks' or raise 'entries'")
+        return self
+
+
+class LossConfig(Strict):
+    """Semantic consistency against the memory, and KoLeo."""
+
+    student_temperature: Positive = 0.1
+    teacher_temperature: tuple[Positive, Positive] = (0.02, 0.03)
+    """First and last value of the warm-up."""
+    temperature_warmup: Share = 0.3
+    """Share of all steps over which the teacher temperature rises."""
+    koleo_weight: NonNegative = 0.1
+
+
+class OptimConfig(Strict):
+    """AdamW with schedules on the global step."""
+
+    batch_size: Annotated[int, Field(ge=2)] = 56
+    """Images a step and site, split evenly over the modalities that the site holds."""
+    learning_rate: Positive = 2e-3
+    """For 256 images a step; scaled linearly with `batch_size`."""
+    final_learning_rate: NonNegative = 1e-6
+    warmup: Share = 0.1
+    """Share of all steps with rising learning rate."""
+    weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clip_norm: Positive = 1.0
+    """Per tensor, not over all."""
+    ema_momentum: Share = 0.97
+    """At the first step; rises to 1 by a cosine. 1 freezes the teacher."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU and on a CPU with bf16 matrix units, else fp32."""
+
+
+class FederationConfig(Strict):
+    """Rounds, quorum and what is exchanged."""
+
+    rounds: Count = 3
+    local_steps: Count = 20
+    min_sites: Count = 2
+    """Quorum: a round with fewer admitted updates than this fails the run."""
+    round_timeout_seconds: Positive = 3600.0
+    wait_for_sites_seconds: Positive = 600.0
+    """How long a round waits for `min_sites` to be connected."""
+    teacher: Literal["average", "rebuild"] = "average"
+    """average: sites send their teachers; rebuild: the server continues the EMA from the students."""
+    prototypes_per_modality: Annotated[int, Field(ge=0)] = 16
+    prototype_min_patients: Annotated[int, Field(ge=2)] = 10
+    """A prototype made of fewer patients never leaves a site."""
+    prototype_decay: Share = 0.9
+    """Factor a round on the counts of a site that is absent."""
+    max_update_norm: Positive = 10.0
+    """Largest admitted |update| in units of |global student|."""
+    max_examples: Count = 100_000_000
+    """Largest admitted number of images of a site and modality."""
+
+
+class EvaluationConfig(Strict):
+    """kNN of the received global teacher on a site's own labelled split; only the metric leaves."""
+
+    every_rounds: Annotated[int, Field(ge=0)] = 1
+    """0 switches it off."""
+    max_images: Count = 1000
+    """Labelled training images used at most, per modality."""
+    neighbours: Count = 20
+
+
+class Recipe(Strict):
+    """Everything a study fixes for all sites."""
+
+    name: Annotated[str, Field(min_length=1)] = "study"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: ModelConfig = ModelConfig()
+    views: ViewsConfig = ViewsConfig()
+    memory: MemoryConfig = MemoryConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of a site over the whole study."""
+        return self.federation.rounds * self.federation.local_steps
+
+    def to_json(self) -> str:
+        """The complete recipe, defaults included, in a fixed order: equal recipes, equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+S = TypeVar("S", bound=Strict)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        UserError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong
+            type or range; the message names file, key, what was expected and what was found.
+    """
+    return load_toml(Recipe, path, "recipe")
+
+
+def recipe_from_json(text: str, where: str) -> Recipe:
+    """Read a recipe as `Recipe.to_json` wrote it; `where` names the source in error messages."""
+    return _validate(Recipe, text, where)
+
+
+def load_toml(model: type[S], path: Path, what: str) -> S:
+    """Read a TOML file into a strict model; every failure is a UserError that names the file."""
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what} '{path}' does not exist; give the path of a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} '{path}' cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{what} '{path}' is not valid TOML: {error}") from None
+    # Through JSON, because there pydantic's strict mode takes an array for a tuple.
+    return _validate(model, json.dumps(table, default=str), f"{what} '{path}'")
+
+
+def _validate(model: type[S], text: str, where: str) -> S:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{where}: unknown key '{key}'; check its spelling and section") from None
+        raise UserError(
+            f"{where}: '{key}': {first['msg'].lower()}, found {first['input']!r}"
+        ) from None

@@ -1,0 +1,115 @@
+"""What crosses the wire, as a closed list, in plain numpy: the server reads this without torch.
+
+Down (server to site), RecordDict with two records:
+  "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor>, prototypes/<modality> [K, D] unit
+                          rows, prototype_counts/<modality> [K] float32
+  "config"  ConfigRecord  study, round, step (global step at which the round starts), recipe (JSON)
+Up (site to server), RecordDict with two records:
+  "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor> (only when the recipe averages
+                          teachers), prototypes/<modality>, prototype_counts/<modality>
+  "metrics" MetricRecord  num_examples/<modality> (int, at least one), and floats named
+                          <metric>/<modality> or <metric> with <metric> in METRICS
+A query message ("config": study) is answered with ConfigRecord "info": site, version.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from core.checkpoint import Arrays
+from core.modalities import MODALITIES
+
+STUDENT: Final = "student/"
+TEACHER: Final = "teacher/"
+PROTOTYPES: Final = "prototypes/"
+COUNTS: Final = "prototype_counts/"
+NUM_EXAMPLES: Final = "num_examples/"
+
+METRICS: Final = (
+    "loss",
+    "koleo",
+    "loss_ceiling",
+    "teacher_entropy",
+    "mean_cosine",
+    "rankme",
+    "knn_auroc",
+    "seconds_train",
+    "seconds_evaluate",
+)
+"""Scalars a site may send, bare or as <metric>/<modality>; `loss_ceiling` is ln(entries a block)."""
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Centroids of one modality: unit rows [K, D] and how many patients each stands for [K]."""
+
+    centroids: Arrays
+    """modality -> float32 [K, D]"""
+    counts: Arrays
+    """modality -> float32 [K]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalState:
+    """What the server sends, and what a checkpoint of a round holds."""
+
+    student: Arrays
+    teacher: Arrays
+    prototypes: Prototypes = field(default_factory=lambda: Prototypes({}, {}))
+
+    def to_arrays(self) -> Arrays:
+        """All arrays under their wire names."""
+        return flatten(self.student, self.teacher, self.prototypes)
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> "GlobalState":
+        """The inverse of `to_arrays`; names outside the list are ignored here, see `unknown_names`."""
+        return cls(
+            student=take(arrays, STUDENT),
+            teacher=take(arrays, TEACHER),
+            prototypes=Prototypes(take(arrays, PROTOTYPES), take(arrays, COUNTS)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteUpdate:
+    """What a site sends back after a round; `teacher` is empty when the server rebuilds it."""
+
+    student: Arrays
+    teacher: Arrays
+    prototypes: Prototypes
+    num_examples: dict[str, int]
+    """modality -> training images"""
+    metrics: dict[str, float]
+
+    def to_arrays(self) -> Arrays:
+        """All arrays under their wire names."""
+        return flatten(self.student, self.teacher, self.prototypes)
+
+    def to_metrics(self) -> dict[str, int | float]:
+        """Counts and metrics under their wire names."""
+        counts = {f"{NUM_EXAMPLES}{m}": n for m, n in self.num_examples.items()}
+        return {**counts, **self.metrics}
+
+
+def flatten(student: Arrays, teacher: Arrays, prototypes: Prototypes) -> Arrays:
+    """Prefix each group of arrays with its wire name."""
+    groups = {
+        STUDENT: student,
+        TEACHER: teacher,
+        PROTOTYPES: prototypes.centroids,
+        COUNTS: prototypes.counts,
+    }
+    return {prefix + name: a for prefix, group in groups.items() for name, a in group.items()}
+
+
+def take(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays under a prefix, without it."""
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def metric_is_declared(name: str) -> bool:
+    """Whether a scalar's name is on the closed list."""
+    metric, slash, modality = name.partition("/")
+    if metric == NUM_EXAMPLES.rstrip("/"):
+        return modality in MODALITIES
+    return metric in METRICS and (not slash or modality in MODALITIES)

@@ -1,0 +1,1 @@
+"""The coordinator side: Flower ServerApp, strategy, run directory, engines."""
