@@ -1,0 +1,113 @@
+"""The released form of a model: the teacher's backbone alone, as timm names it, and how to load it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from core.backbone import create_backbone, use_plain_attention
+from core.checkpoint import load_arrays, read_json, save_arrays
+from core.config import ModelConfig, Recipe, load_recipe, recipe_from_json
+from core.errors import UserError
+from core.modalities import MEAN_STD
+from core.wire import GlobalState
+
+BACKBONE = "backbone."
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone ready to embed images of `px` pixels a side."""
+
+    backbone: nn.Module
+    px: int
+
+
+def export_teacher(recipe: Recipe, state: GlobalState, out: Path) -> str:
+    """Write the teacher's backbone as safetensors that timm loads; returns the file's sha256.
+
+    The metadata hold the arguments of `timm.create_model` (key "timm", JSON), the input size, and
+    each modality's mean and deviation, so that the file can be used without our code.
+    """
+    weights = {
+        name.removeprefix(BACKBONE): array
+        for name, array in state.teacher.items()
+        if name.startswith(BACKBONE)
+    }
+    call = {
+        "model_name": recipe.model.backbone,
+        "num_classes": 0,
+        "img_size": recipe.views.global_px,
+        "dynamic_img_size": True,
+        **recipe.model.options,
+    }
+    metadata = {
+        "format": "pt",
+        "timm": json.dumps(call, sort_keys=True),
+        "mean_std": json.dumps(MEAN_STD, sort_keys=True),
+        "study": recipe.name,
+    }
+    return save_arrays(out, weights, metadata)
+
+
+def load_model(path: Path, device: str = "cpu") -> Model:
+    """Load what an evaluator may hand over.
+
+    Args:
+        path: an exported file; a run directory (its last round) or one of its round files (the
+            teacher); or a recipe (.toml): the weights before round 1.
+        device: where to put it.
+
+    Raises:
+        UserError: the path is none of these, or its weights do not fit.
+    """
+    if path.suffix == ".toml":
+        return _from_recipe(load_recipe(path), device)
+    if path.is_dir():
+        rounds = sorted(path.glob("round-*.safetensors"))
+        if not rounds:
+            raise UserError(f"'{path}' holds no round-*.safetensors; give a run directory or a file")
+        path = rounds[-1]
+    arrays, metadata = load_arrays(path)
+    if "timm" in metadata:
+        call = json.loads(metadata["timm"])
+        px = call.pop("img_size")
+        name = call.pop("model_name")
+        options = {k: v for k, v in call.items() if k not in ("num_classes", "dynamic_img_size")}
+        config = ModelConfig(backbone=name, options=options)
+        weights = arrays
+    else:
+        if not (recipe_file := path.parent / "recipe.json").exists():
+            raise UserError(
+                f"'{path}' is neither an exported model nor a round of a run directory; make one with "
+                "'fedmermed-server export RUN OUT.safetensors'"
+            )
+        recipe = recipe_from_json(json.dumps(read_json(recipe_file)), f"'{recipe_file}'")
+        teacher = GlobalState.from_arrays(arrays).teacher
+        weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}
+        config, px = recipe.model, recipe.views.global_px
+    backbone = create_backbone(config, px)
+    try:
+        backbone.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"'{path}' does not fit its own architecture: {detail}") from None
+    return _ready(backbone, px, device)
+
+
+def _from_recipe(recipe: Recipe, device: str) -> Model:
+    from core.site_round import initial_state  # here: site_round stands on more than export needs
+
+    backbone = create_backbone(recipe.model, recipe.views.global_px)
+    teacher = initial_state(recipe).teacher
+    weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}
+    backbone.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
+    return _ready(backbone, recipe.views.global_px, device)
+
+
+def _ready(backbone: nn.Module, px: int, device: str) -> Model:
+    if device == "cpu":
+        use_plain_attention(backbone)
+    return Model(backbone.to(device).eval(), px)

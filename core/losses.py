@@ -1,0 +1,72 @@
+"""The two losses: semantic consistency against the memory, and KoLeo.
+
+Sources: MaSSL (Silva et al., ICML 2024) and MerMED-FM (arXiv 2507.00185) for the consistency,
+DINOv2 (arXiv 2304.07193) for KoLeo on the embeddings of a batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def random_blocks(entries: int, blocks: int, generator: torch.Generator) -> list[Tensor]:
+    """Cut the indices of the memory's entries into `blocks` random parts of (nearly) one size."""
+    return list(torch.randperm(entries, generator=generator).tensor_split(blocks))
+
+
+def consistency_loss(
+    student: Tensor,
+    teacher: Tensor,
+    memory: Tensor,
+    blocks: Sequence[Tensor],
+    student_temperature: float,
+    teacher_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy between the views' similarities to the entries of each block.
+
+    With q(u) and p(v) the softmax over a block of (embedding . entry / temperature) for teacher
+    view u and student view v of one image, the loss is the mean over pairs u != v, blocks and
+    images of - sum_j q_j(u) log p_j(v). Because it is linear in q, the targets that a student view
+    meets are added up first: one product a student view instead of one a pair.
+
+    Args:
+        student: unit embeddings [V, B, D]; the teacher's views are the first of them.
+        teacher: unit embeddings [U, B, D] of the global views, without gradient.
+        memory: unit entries [K, D] of the images' modality.
+        blocks: index vectors that cut 0..K-1, from `random_blocks`.
+        student_temperature: positive.
+        teacher_temperature: positive; below the student's it sharpens the targets.
+
+    Returns:
+        The loss, and the mean entropy of the targets in nats (no gradient): both tend to
+        ln(entries of a block) when the embeddings collapse.
+    """
+    num_views, batch = student.shape[:2]
+    num_targets = teacher.shape[0]
+    meets = torch.ones(num_views, num_targets, device=student.device)  # [V, U], 1 where u != v
+    meets[:num_targets].fill_diagonal_(0)
+    loss, entropy = student.new_zeros(()), student.new_zeros(())
+    for block in blocks:
+        entries = memory[block.to(memory.device)]  # [P, D]
+        log_q = torch.log_softmax(teacher @ entries.T / teacher_temperature, dim=-1)  # [U, B, P]
+        q = log_q.exp()
+        logits = student @ entries.T / student_temperature  # [V, B, P]
+        targets = torch.einsum("vu,ubp->vbp", meets, q)  # [V, B, P], sums to the number of targets
+        normaliser = torch.logsumexp(logits, dim=-1) * meets.sum(1, keepdim=True)  # [V, B]
+        loss = loss + normaliser.sum() - (targets * logits).sum()
+        entropy = entropy - (q * log_q).sum() / (num_targets * batch)
+    return loss / (meets.sum() * batch * len(blocks)), entropy / len(blocks)
+
+
+def koleo_loss(embeddings: Tensor) -> Tensor:
+    """Mean of - log(distance to the nearest other embedding): large when embeddings crowd together.
+
+    Args:
+        embeddings: unit vectors [B, D] of one modality and one view, B >= 2.
+    """
+    with torch.no_grad():
+        similarity = embeddings @ embeddings.T
+        nearest = similarity.fill_diagonal_(-2).argmax(dim=1)  # [B]
+    distance = torch.nn.functional.pairwise_distance(embeddings, embeddings[nearest], eps=1e-8)
+    return -torch.log(distance + 1e-8).mean()

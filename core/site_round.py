@@ -1,0 +1,260 @@
+"""One round at one site: from the global state and the site's own files to an update.
+
+A pure function of its arguments: what the site keeps between rounds goes in and comes out as plain
+arrays, so that every round may run in a fresh process and an interrupted one leaves no trace.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from core.backbone import Network, initialise
+from core.checkpoint import Arrays, load_arrays
+from core.collapse import mean_cosine, rankme
+from core.config import Recipe
+from core.errors import UserError
+from core.evaluate import auroc, extract, knn_scores, labelled_tasks
+from core.modalities import MODALITIES
+from core.prototypes import site_prototypes
+from core.randomness import numpy_generator, torch_generator
+from core.sampling import batch_share, draw
+from core.shards import Shard
+from core.train import (
+    Batch,
+    OnStep,
+    TrainState,
+    embed_global,
+    load_network,
+    load_private,
+    loss_ceiling,
+    network_arrays,
+    new_state,
+    private_arrays,
+    train,
+)
+from core.wire import GlobalState, Prototypes, SiteUpdate
+
+
+def initial_state(recipe: Recipe) -> GlobalState:
+    """The state before round 1: drawn from the recipe's seed, or read from `model.init_file`.
+
+    Raises:
+        UserError: the init file does not fit the backbone.
+    """
+    network = Network(recipe.model, recipe.views.global_px)
+    initialise(network, torch_generator(recipe.seed, "initial"))
+    if recipe.model.init_file:
+        _load_pretrained(network, Path(recipe.model.init_file))
+    arrays = network_arrays(network)
+    return GlobalState(student=arrays, teacher={name: a.copy() for name, a in arrays.items()})
+
+
+def site_round(
+    recipe: Recipe,
+    received: GlobalState,
+    shards: Sequence[Shard],
+    private: Arrays,
+    *,
+    site: str,
+    first_step: int,
+    device: str,
+    on_step: OnStep | None = None,
+) -> tuple[SiteUpdate, Arrays]:
+    """Train one round from the received global state.
+
+    Args:
+        recipe: the study.
+        received: global weights and prototypes.
+        shards: the site's images.
+        private: what this function returned as second value last time; empty at first.
+        site: name, for the random streams.
+        first_step: global step at which the round starts.
+        device: a torch device name, from `resolve_device`.
+        on_step: progress.
+
+    Returns:
+        The update, and the arrays to keep on the site's disk: optimiser moments and, if the recipe
+        keeps it, the memory bank. These hold patient embeddings and never leave.
+    """
+    target = torch.device(device)
+    data = SiteData(shards)
+    state = new_state(recipe, target, site)
+    load_network(state.student, received.student)
+    load_network(state.teacher, received.teacher)
+    load_private(state, private)
+    state.step = first_step
+    for modality in data.pools:
+        if (rows := received.prototypes.centroids.get(MODALITIES[modality])) is not None:
+            state.extra_slots[modality] = torch.from_numpy(rows).to(target)
+
+    started = time.monotonic()
+    metrics: dict[str, float] = {}
+    every, rounds_done = recipe.evaluation.every_rounds, first_step // recipe.federation.local_steps
+    if every and rounds_done % every == 0:
+        metrics = knn_auroc(recipe, state.teacher.backbone, shards)
+        state.teacher.train()
+    trained_from = time.monotonic()
+    if recipe.memory.at_round_start == "refilled":
+        _refill(recipe, state, data, site)
+    metrics |= train(
+        state,
+        lambda step: data.batches(recipe, site, step),
+        recipe,
+        recipe.federation.local_steps,
+        site=site,
+        on_step=on_step,
+    )
+    metrics["seconds_evaluate"] = trained_from - started
+    metrics["seconds_train"] = time.monotonic() - trained_from
+
+    prototypes = Prototypes({}, {})
+    for modality in data.pools:
+        name = MODALITIES[modality]
+        entries = recipe.memory.entries_per_modality + len(state.extra_slots.get(modality, ()))
+        metrics[f"loss_ceiling/{name}"] = loss_ceiling(entries, recipe.memory.blocks)
+        embeddings, patients = state.bank.written(modality)
+        if len(embeddings) > 1:
+            metrics[f"mean_cosine/{name}"] = mean_cosine(embeddings)
+            metrics[f"rankme/{name}"] = rankme(embeddings)
+        centroids, counts = site_prototypes(
+            embeddings.numpy(),
+            patients.numpy(),
+            recipe.federation.prototypes_per_modality,
+            recipe.federation.prototype_min_patients,
+            numpy_generator(recipe.seed, site, "prototypes", state.step),
+        )
+        if len(centroids):
+            prototypes.centroids[name], prototypes.counts[name] = centroids, counts
+
+    update = SiteUpdate(
+        student=network_arrays(state.student),
+        teacher=network_arrays(state.teacher) if recipe.federation.teacher == "average" else {},
+        prototypes=prototypes,
+        num_examples=num_examples(shards),
+        metrics=metrics,
+    )
+    return update, private_arrays(state, keep_memory=recipe.memory.at_round_start == "kept")
+
+
+class SiteData:
+    """The training images of a site, by modality."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = shards
+        offsets = np.cumsum([0, *(len(shard.images) for shard in shards)])
+        self.first = offsets[:-1]
+        patients = np.cumsum([0, *(int(shard.patient.max()) + 1 for shard in shards)])
+        self.patient = np.concatenate([s.patient + p for s, p in zip(shards, patients, strict=False)])
+        modality = np.concatenate([shard.modality for shard in shards])
+        training = np.concatenate([shard.split for shard in shards]) == "train"
+        self.pools: dict[int, NDArray[np.int64]] = {
+            int(m): np.flatnonzero(training & (modality == m)) for m in np.unique(modality[training])
+        }
+
+    def batches(self, recipe: Recipe, site: str, step: int) -> list[Batch]:
+        """One batch a modality for a global step, together `batch_size` images."""
+        result = []
+        for index, (modality, pool) in enumerate(self.pools.items()):
+            start, count = batch_share(len(self.pools), index, recipe.optim.batch_size, step)
+            if count:
+                key = (recipe.seed, site, "images", MODALITIES[modality])
+                result.append(self.batch(modality, draw(pool, start, count, *key)))
+        return result
+
+    def batch(self, modality: int, indices: NDArray[np.int64]) -> Batch:
+        """Read images by their number over all shards."""
+        images = [self._read(int(index)) for index in indices]
+        channels = max(image.shape[2] for image in images)
+        stacked = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
+        tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+        return Batch(modality, tensor, torch.from_numpy(self.patient[indices]))
+
+    def _read(self, index: int) -> NDArray[np.uint8]:
+        shard = int(np.searchsorted(self.first, index, side="right")) - 1
+        return self.shards[shard].images[index - self.first[shard]]
+
+
+def num_examples(shards: Sequence[Shard]) -> dict[str, int]:
+    """Training images of each modality that a site holds."""
+    return {MODALITIES[m]: len(pool) for m, pool in SiteData(shards).pools.items()}
+
+
+def resolve_device(name: str) -> str:
+    """Turn 'auto', 'cpu', 'cuda' or 'cuda:N' into a torch device name.
+
+    Raises:
+        UserError: a GPU is asked for and there is none, or the name is unknown.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise UserError(f"device '{name}' is unknown; give 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} usable GPU(s) "
+            "here; install a driver and a CUDA build of torch, or set device = 'auto' or 'cpu'"
+        )
+    return name
+
+
+def knn_auroc(recipe: Recipe, backbone: nn.Module, shards: Sequence[Shard]) -> dict[str, float]:
+    """AUROC of a kNN vote on the validation split, for each labelled modality; metric name -> AUROC."""
+    scores: dict[str, list[float]] = {}
+    px = recipe.views.global_px
+    for task in labelled_tasks(list(shards)):
+        order = numpy_generator(recipe.seed, "evaluation", task.name).permutation(len(task.train))
+        train_indices = np.sort(task.train[order[: recipe.evaluation.max_images]])
+        if len(np.unique(task.labels(task.val))) < 2:
+            continue
+        known, asked = (
+            extract(backbone, task.shard.images[i], task.name, px, last_blocks=1)
+            for i in (train_indices, task.val)
+        )
+        votes = knn_scores(
+            known, task.labels(train_indices), asked, neighbours=recipe.evaluation.neighbours
+        )
+        scores.setdefault(task.name, []).append(auroc(votes, task.labels(task.val)))
+    return {f"knn_auroc/{name}": float(np.mean(values)) for name, values in scores.items()}
+
+
+def _refill(recipe: Recipe, state: TrainState, data: SiteData, site: str) -> None:
+    """Fill each ring with the received teacher's embeddings of images drawn for this round."""
+    entries, batch = recipe.memory.entries_per_modality, recipe.optim.batch_size
+    for modality, pool in data.pools.items():
+        key = (recipe.seed, site, "refill", MODALITIES[modality], state.step)
+        indices = draw(pool, 0, min(entries, len(pool)), *key)
+        for number, start in enumerate(range(0, len(indices), batch)):
+            part = data.batch(modality, indices[start : start + batch])
+            embeddings = embed_global(state, part, recipe, site, state.step, number)
+            state.bank.write(modality, embeddings, part.patients)
+
+
+def _load_pretrained(network: Network, path: Path) -> None:
+    """Copy a timm backbone's weights in; position embeddings are resampled to our grid."""
+    arrays, _ = load_arrays(path)
+    own = network.backbone.state_dict()
+    weights = {name: torch.from_numpy(array) for name, array in arrays.items() if name in own}
+    position = weights.get("pos_embed")
+    if position is not None and position.shape != own["pos_embed"].shape:
+        from timm.layers import resample_abs_pos_embed
+
+        tokens = own["pos_embed"].shape[1] - network.backbone.num_prefix_tokens  # type: ignore[operator]
+        side = int(tokens**0.5)
+        weights["pos_embed"] = resample_abs_pos_embed(
+            position, [side, side], num_prefix_tokens=network.backbone.num_prefix_tokens
+        )
+    wrong = sorted(n for n in own if n not in weights or weights[n].shape != own[n].shape)
+    if wrong:
+        raise UserError(
+            f"model.init_file '{path}' does not fit the backbone: {len(wrong)} of {len(own)} weights "
+            f"are missing or of another shape, first '{wrong[0]}'; give the file of the same timm model"
+        )
+    network.backbone.load_state_dict(weights)

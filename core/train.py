@@ -1,0 +1,237 @@
+"""The training loop of one site: teacher and student, memory, losses, schedules."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.augment import Views, make_views
+from core.backbone import Network, use_plain_attention
+from core.checkpoint import Arrays
+from core.config import Recipe
+from core.losses import consistency_loss, koleo_loss, random_blocks
+from core.memory import MemoryBank
+from core.modalities import MODALITIES
+from core.randomness import torch_generator
+from core.schedules import ema_momentum, learning_rate, teacher_temperature, weight_decay
+
+OnStep = Callable[[int, int, float], None]
+"""Called with steps done, steps asked for, and the loss."""
+
+
+@dataclass
+class Batch:
+    """Images of one modality."""
+
+    modality: int
+    images: Tensor  # uint8 [B, C, H, W]
+    patients: Tensor  # int64 [B]
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; `step` counts over the whole study."""
+
+    student: Network
+    teacher: Network
+    optimizer: torch.optim.AdamW
+    bank: MemoryBank
+    device: torch.device
+    step: int = 0
+    extra_slots: dict[int, Tensor] = field(default_factory=dict)
+    """modality -> prototypes [P, D] of all sites, compared with like entries of the memory."""
+
+
+def new_state(recipe: Recipe, device: torch.device, *site_key: int | str) -> TrainState:
+    """Networks of the recipe's shape, an optimiser, and a memory of random anchors.
+
+    Weights are as timm draws them; load the global state before training.
+    """
+    px = recipe.views.global_px
+    student = Network(recipe.model, px, drop_path=recipe.model.drop_path).to(device)
+    teacher = Network(recipe.model, px).to(device).requires_grad_(False)
+    if device.type == "cpu":
+        use_plain_attention(student)
+        use_plain_attention(teacher)
+    anchors = torch_generator(recipe.seed, "anchors", *site_key)
+    bank = MemoryBank(recipe.memory.entries_per_modality, recipe.model.embedding_dim, anchors)
+    return TrainState(student, teacher, _optimizer(student, recipe), bank.to(device), device)
+
+
+def network_arrays(network: Network) -> Arrays:
+    """Weights and buffers by name."""
+    return {name: tensor.cpu().numpy().copy() for name, tensor in network.state_dict().items()}
+
+
+def load_network(network: Network, arrays: Arrays) -> None:
+    """Replace all weights and buffers; names and shapes were checked on admission."""
+    network.load_state_dict({name: torch.from_numpy(a) for name, a in arrays.items()})
+
+
+def private_arrays(state: TrainState, *, keep_memory: bool) -> Arrays:
+    """What a site keeps on its disk between rounds: optimiser moments and memory."""
+    arrays: Arrays = {}
+    for name, parameter in state.student.named_parameters():
+        for moment, value in state.optimizer.state.get(parameter, {}).items():
+            arrays[f"optimizer/{moment}/{name}"] = value.cpu().numpy()
+    if keep_memory:
+        arrays |= {f"memory/{name}": array for name, array in state.bank.to_arrays().items()}
+    return arrays
+
+
+def load_private(state: TrainState, arrays: Arrays) -> None:
+    """The inverse of `private_arrays`; an empty dict leaves a fresh state."""
+    for name, parameter in state.student.named_parameters():
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            if (array := arrays.get(f"optimizer/{moment}/{name}")) is not None:
+                # AdamW counts its steps on the CPU unless fused.
+                fused = state.optimizer.defaults["fused"]
+                device = parameter.device if moment != "step" or fused else torch.device("cpu")
+                state.optimizer.state[parameter][moment] = torch.from_numpy(array.copy()).to(device)
+    memory = {n.removeprefix("memory/"): a.copy() for n, a in arrays.items() if "memory/" in n}
+    if memory:
+        state.bank.load_arrays(memory)
+
+
+def train(
+    state: TrainState,
+    batches: Callable[[int], Sequence[Batch]],
+    recipe: Recipe,
+    steps: int,
+    *,
+    site: str,
+    on_step: OnStep | None = None,
+) -> dict[str, float]:
+    """Train `steps` steps in place and return metrics under their wire names.
+
+    Args:
+        state: networks, optimiser and memory; changed in place.
+        batches: global step -> one batch a modality.
+        recipe: the study.
+        steps: how many.
+        site: names the random streams, so that sites draw different views.
+        on_step: progress, called after each step.
+    """
+    device, loss_config, parameters = state.device, recipe.loss, list(state.student.parameters())
+    dtype = torch.bfloat16 if uses_bf16(recipe, device) else None
+    sums: dict[str, Tensor] = {}
+    for done in range(1, steps + 1):
+        step = state.step
+        _schedule(state.optimizer, recipe, step)
+        temperature = teacher_temperature(recipe, step)
+        total = torch.zeros((), device=device)
+        current = batches(step)
+        writes = []
+        for batch in current:
+            name = MODALITIES[batch.modality]
+            draws = torch_generator(recipe.seed, site, "step", step, name)
+            views = make_views(_to(batch.images, device), name, recipe.views, draws)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                teacher, student = _embed(state, views)  # [2, B, D], [V, B, D]
+            memory = state.bank.embeddings[batch.modality]
+            if (slots := state.extra_slots.get(batch.modality)) is not None:
+                memory = torch.cat([memory, slots])
+            blocks = random_blocks(len(memory), recipe.memory.blocks, draws)
+            consistency, entropy = consistency_loss(
+                student, teacher, memory, blocks, loss_config.student_temperature, temperature
+            )
+            koleo = (
+                (koleo_loss(student[0]) + koleo_loss(student[1])) / 2
+                if student.shape[1] > 1
+                else student.new_zeros(())
+            )
+            share = len(batch.images) / sum(len(b.images) for b in current)
+            total = total + share * (consistency + loss_config.koleo_weight * koleo)
+            writes.append((batch, teacher[1]))
+            for key, value in (("loss", consistency), ("koleo", koleo), ("teacher_entropy", entropy)):
+                wire = f"{key}/{name}"
+                sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value.detach()
+        state.optimizer.zero_grad()
+        total.backward()
+        _clip_each(parameters, recipe.optim.clip_norm)
+        state.optimizer.step()
+        momentum = ema_momentum(recipe, step)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(state.teacher.parameters()), parameters, 1 - momentum)
+        for batch, embeddings in writes:  # after the loss: a batch never meets itself
+            state.bank.write(batch.modality, embeddings, batch.patients)
+        state.step += 1
+        if on_step is not None:
+            on_step(done, steps, float(total))
+    return {name: float(value) / steps for name, value in sums.items()}
+
+
+def embed_global(state: TrainState, batch: Batch, recipe: Recipe, *key: int | str) -> Tensor:
+    """Teacher embeddings [B, D] of the second global view, to refill a memory; no gradient."""
+    name = MODALITIES[batch.modality]
+    draws = torch_generator(recipe.seed, "refill", name, *key)
+    views = make_views(_to(batch.images, state.device), name, recipe.views, draws)
+    dtype = torch.bfloat16 if uses_bf16(recipe, state.device) else None
+    with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype is not None):
+        embeddings: Tensor = state.teacher(views.global_VBCHW[1])
+    return embeddings
+
+
+def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether this device trains the recipe under bf16 autocast."""
+    if recipe.optim.precision == "auto":
+        return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return recipe.optim.precision == "bf16"
+
+
+def loss_ceiling(entries: int, blocks: int) -> float:
+    """Loss and teacher entropy of a constant output: the mean over blocks of ln(their entries)."""
+    return float(np.mean([math.log(len(part)) for part in np.array_split(range(entries), blocks)]))
+
+
+def _to(images: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":  # pinned memory lets the copy run beside the kernels
+        return images.pin_memory().to(device, non_blocking=True)
+    return images.to(device)
+
+
+def _embed(state: TrainState, views: Views) -> tuple[Tensor, Tensor]:
+    """Teacher embeddings of the global views, student embeddings of all, one pass a resolution."""
+    num_global, batch = views.global_VBCHW.shape[:2]
+    with torch.no_grad():
+        teacher = state.teacher(views.global_VBCHW.flatten(0, 1)).view(num_global, batch, -1)
+    student = state.student(views.global_VBCHW.flatten(0, 1)).view(num_global, batch, -1)
+    if len(views.local_VBCHW):
+        local = state.student(views.local_VBCHW.flatten(0, 1))
+        student = torch.cat([student, local.view(len(views.local_VBCHW), batch, -1)])
+    return teacher, student
+
+
+def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW in groups of one decay and one layer scale; `lr_scale` and `decays` steer `_schedule`."""
+    depth = len(student.backbone.blocks)  # type: ignore[arg-type]
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        layer = depth + 1
+        if name.startswith("backbone.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(("backbone.patch_embed", "backbone.cls_token", "backbone.pos_embed")):
+            layer = 0
+        decays = parameter.ndim >= 2 and not name.endswith(("cls_token", "pos_embed", "reg_token"))
+        scale = recipe.optim.layer_decay ** (depth + 1 - layer)
+        groups.setdefault((scale, decays), []).append(parameter)
+    table = [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
+    on_gpu = next(student.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(table, lr=0.0, weight_decay=0.0, fused=on_gpu, foreach=not on_gpu)
+
+
+def _schedule(optimizer: torch.optim.AdamW, recipe: Recipe, step: int) -> None:
+    rate, decay = learning_rate(recipe, step), weight_decay(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+        group["weight_decay"] = decay if group["decays"] else 0.0
+
+
+def _clip_each(parameters: Sequence[torch.nn.Parameter], limit: float) -> None:
+    """Scale each tensor's gradient to at most `limit`, as MerMED-FM does, not all together."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    torch._foreach_mul_(gradients, [limit / norm.clamp(min=limit) for norm in norms])

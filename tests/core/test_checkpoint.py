@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from core.checkpoint import (
+    commit_directory,
+    load_arrays,
+    save_arrays,
+    sha256_arrays,
+    sha256_file,
+    write_atomically,
+)
+from core.errors import UserError
+
+
+def test_arrays_come_back_with_their_bits_and_metadata(tmp_path: Path) -> None:
+    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "a": np.array(7, np.int64)}
+    digest = save_arrays(tmp_path / "x.safetensors", arrays, {"round": "3"})
+    loaded, metadata = load_arrays(tmp_path / "x.safetensors")
+    assert digest == sha256_file(tmp_path / "x.safetensors")
+    assert sha256_arrays(loaded) == sha256_arrays(arrays)
+    assert metadata == {"round": "3"}
+
+
+def test_a_digest_tells_names_shapes_and_types_apart() -> None:
+    zeros = np.zeros(4, np.float32)
+    others = [{"y": zeros}, {"x": zeros.reshape(2, 2)}, {"x": zeros.astype(np.int32)}]
+    assert len({sha256_arrays(a) for a in [{"x": zeros}, *others]}) == 4
+
+
+def test_a_torn_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "torn.safetensors"
+    save_arrays(path, {"x": np.zeros(100, np.float32)})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"torn\.safetensors' is not a whole"):
+        load_arrays(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    aside, final = tmp_path / ".aside", tmp_path / "final"
+    aside.mkdir()
+    (aside / "file").write_text("1")
+    commit_directory(aside, final)
+    assert (final / "file").read_text() == "1"
+    assert not aside.exists()

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+from core.config import Recipe, load_recipe, recipe_from_json
+from core.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_loads_and_survives_the_wire(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem.replace("_", "-")
+    assert recipe_from_json(recipe.to_json(), "the wire") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rouns = 3", "unknown key 'rouns'"),
+        ("[optim]\nbatch = 3", "unknown key 'optim.batch'"),
+        ('seed = "x"', "'seed': .*integer, found 'x'"),
+        ("seed = 1.5", "'seed': .*integer, found 1.5"),
+        ("[optim]\nlearning_rate = true", "'optim.learning_rate': .*number, found True"),
+        ("[optim]\nlearning_rate = nan", "'optim.learning_rate'"),
+        ("[views]\nglobal_area = [0.5, 0.2]", r"must be \[low, high\]"),
+        ("[memory]\nblocks = 1000", "a block needs at least 8 entries"),
+        ('[federation]\nteacher = "freeze"', "'average' or 'rebuild'"),
+        ("seed = = 1", "not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert "wrong.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; give the path of a TOML file"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_a_recipe_cannot_be_changed_after_reading() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().seed = 3
