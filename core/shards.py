@@ -1,0 +1,318 @@
+"""Shards: a site's prepared images, in the one format that every reader here uses.
+
+A shard is a directory that trains without decoding:
+  manifest.json   format version, name, count, px, channels, classes, sha256 of the other two
+  images.npy      uint8 [N, px, px, channels], opened as a memory map
+  table.csv       modality,patient,label,split: one line an image; label is a class name or empty
+Patients are numbered: a shard that this module writes holds no name or identifier of a person.
+"""
+
+import csv
+import io
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, ValidationError
+
+from core.checkpoint import commit_directory, sha256_file, write_atomically, write_json
+from core.config import Strict
+from core.errors import UserError
+from core.modalities import MODALITIES
+
+SPLITS: Final = ("train", "val", "test")
+FILES: Final = ("manifest.json", "images.npy", "table.csv")
+COLUMNS: Final = ["modality", "patient", "label", "split"]
+MAKE_SHARDS: Final = "make shards with 'fedmermed-site prepare' or 'fedmermed-site phantoms'"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images with what is known of each; all arrays have N entries in the same order."""
+
+    name: str
+    images: NDArray[np.uint8]
+    """[N, px, px, C] with C 1 or 3; a read-only memory map when opened from disk"""
+    modality: NDArray[np.int16]
+    """[N] index into core.modalities.MODALITIES"""
+    patient: NDArray[np.int64]
+    """[N] number of the patient within this shard"""
+    label: NDArray[np.int64]
+    """[N] index into classes[modality], -1 where there is none"""
+    split: NDArray[np.str_]
+    """[N] 'train', 'val' or 'test'"""
+    classes: dict[str, tuple[str, ...]]
+    """modality -> class names, for each modality in the shard; () where nothing is labelled"""
+
+
+def _known_modality(name: str) -> str:
+    if name not in MODALITIES:
+        raise ValueError(f"must be one of {', '.join(MODALITIES)}")
+    return name
+
+
+class Manifest(Strict):
+    """The facts of a shard, checked against its other files when it is opened."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1)]
+    count: Annotated[int, Field(ge=0)]
+    px: Annotated[int, Field(ge=1)]
+    channels: Literal[1, 3]
+    classes: dict[Annotated[str, AfterValidator(_known_modality)], tuple[str, ...]]
+    sha256: dict[Literal["images.npy", "table.csv"], str]
+
+
+def write_shard(directory: Path, shard: Shard) -> Path:
+    """Write a shard as one atomic step: built aside, synced, renamed.
+
+    Args:
+        directory: Target; a shard of the same name that is already there is replaced.
+        shard: What to write.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        UserError: the target holds something else, the shard has no images or has a patient in
+            two splits, or the disk refuses.
+    """
+    check_shard(shard)
+    check_target(directory, shard.name)
+    directory = directory.absolute()
+    aside = directory.with_name(f".{directory.name}.partial")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+        np.save(aside / "images.npy", shard.images, allow_pickle=False)
+        write_atomically(aside / "table.csv", _table_bytes(shard))
+        manifest = Manifest(
+            name=shard.name,
+            count=len(shard.images),
+            px=shard.images.shape[1],
+            channels=shard.images.shape[3],
+            classes=shard.classes,
+            sha256={name: sha256_file(aside / name) for name in ("images.npy", "table.csv")},
+        )
+        write_json(aside / "manifest.json", manifest.model_dump(mode="json"))
+        commit_directory(aside, directory)
+    except OSError as error:
+        raise UserError(f"shard '{directory}' cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return directory
+
+
+def open_shard(directory: Path, *, verify: bool = False) -> Shard:
+    """Open a shard; its images stay on disk until they are used.
+
+    Args:
+        directory: A directory written by `write_shard`.
+        verify: Also hash the images, which reads all of them. The table is always hashed.
+
+    Raises:
+        UserError: the shard is missing, empty, damaged, or of a format we do not read.
+    """
+    manifest = _read_manifest(directory)
+    if manifest.count == 0:
+        raise UserError(f"shard '{directory}' is empty (0 images); prepare it again")
+    images = _map_images(directory / "images.npy", manifest)
+    for name in ("table.csv", "images.npy") if verify else ("table.csv",):
+        if sha256_file(_existing(directory / name)) != manifest.sha256.get(name):
+            raise _damaged(directory / name, "its sha256 is not the manifest's")
+    shard = _read_table(directory / "table.csv", manifest, images)
+    check_shard(shard)
+    return shard
+
+
+def open_site(directory: Path) -> list[Shard]:
+    """Open one site's shards: the directory is a shard itself, or each sub-directory is one.
+
+    Raises:
+        UserError: the directory is missing or holds no shard, a shard cannot be opened, or the
+            shards do not go together (see `open_sites`).
+    """
+    if not directory.is_dir():
+        raise UserError(f"data directory '{directory}' does not exist; check the path")
+    if (directory / "manifest.json").exists():
+        return [open_shard(directory)]
+    shards = [open_shard(path) for path in sorted(directory.glob("[!.]*/"))]
+    if not shards:
+        raise UserError(f"'{directory}' holds no shard (no manifest.json); {MAKE_SHARDS}")
+    _check_together(directory.name, shards)
+    return shards
+
+
+def open_sites(data: Path) -> dict[str, list[Shard]]:
+    """Open a data directory, as `--data DIR` takes it: site name -> its shards.
+
+    The directory is one of
+    - npz files (MedMNIST keys) whose names begin with a modality or a MedMNIST set, such as
+      `cxr_nih_64.npz`, `path_lung.npz`, `octmnist_64.npz`: one site a modality, named by it,
+      with one shard in memory per file;
+    - sub-directories: each is a site, and is a shard itself or holds several;
+    - a single shard: one site, named by the shard.
+    Names that begin with a dot are passed over.
+
+    Raises:
+        UserError: the directory is missing or is none of these (or mixes them), a file cannot be
+            read, or one site's shards differ in pixel size or in the classes of a modality.
+    """
+    if not data.is_dir():
+        raise UserError(f"data directory '{data}' does not exist; check the path")
+    if (data / "manifest.json").exists():
+        shard = open_shard(data)
+        return {shard.name: [shard]}
+    files = sorted(data.glob("[!.]*.npz"))
+    if not files:
+        sites = {path.name: open_site(path) for path in sorted(data.glob("[!.]*/"))}
+        if not sites:
+            raise UserError(f"'{data}' holds neither npz files nor shards; {MAKE_SHARDS}")
+        return sites
+    if any(data.glob("[!.]*/manifest.json")):
+        raise UserError(f"'{data}' holds npz files and shards; keep one kind in a directory")
+    return _npz_sites(files)
+
+
+def check_shard(shard: Shard) -> None:
+    """Refuse a shard without images, or with one patient in two splits (a leak into evaluation)."""
+    count = len(shard.images)
+    columns = (shard.modality, shard.patient, shard.label, shard.split)
+    assert shard.images.ndim == 4
+    assert all(column.shape == (count,) for column in columns)
+    if count == 0:
+        raise UserError(f"shard '{shard.name}' is empty (0 images); nothing can be trained on it")
+    first: dict[int, str] = {}
+    for patient, split in zip(shard.patient.tolist(), shard.split.tolist(), strict=True):
+        if first.setdefault(patient, split) != split:
+            raise UserError(
+                f"shard '{shard.name}': patient number {patient} is in '{first[patient]}' and "
+                f"'{split}'; keep all images of a patient in one split"
+            )
+
+
+def check_target(directory: Path, name: str) -> None:
+    """Refuse to write where something else than a shard of this name (or nothing) is."""
+    if not directory.exists():
+        return
+    if not directory.is_dir() or {path.name for path in directory.iterdir()} - set(FILES):
+        raise UserError(
+            f"'{directory}' exists and is not a shard; it is left as it is: give another target"
+        )
+    if (directory / "manifest.json").exists():
+        found = _read_manifest(directory).name
+        if found != name:
+            raise UserError(
+                f"'{directory}' holds shard '{found}', not '{name}'; it is left as it is: "
+                "remove it or give another target"
+            )
+
+
+def number_patients(keys: Iterable[Any]) -> NDArray[np.int64]:
+    """Numbers for patient keys, 0, 1, ... in order of first appearance."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _npz_sites(files: list[Path]) -> dict[str, list[Shard]]:
+    from core.import_npz import read_npz  # it builds on this module
+
+    sites: dict[str, list[Shard]] = {}
+    for file in files:
+        shard = read_npz(file)
+        sites.setdefault(next(iter(shard.classes)), []).append(shard)
+    for name, shards in sites.items():
+        _check_together(name, shards)
+    return {name: sites[name] for name in sorted(sites, key=MODALITIES.index)}
+
+
+def _check_together(site: str, shards: list[Shard]) -> None:
+    px = {shard.name: shard.images.shape[1] for shard in shards}
+    if len(set(px.values())) > 1:
+        found = ", ".join(f"'{name}' {size} px" for name, size in px.items())
+        raise UserError(f"site '{site}' mixes pixel sizes ({found}); keep one size in a site")
+    labelled = [(m, shard) for shard in shards for m, names in shard.classes.items() if names]
+    first: dict[str, Shard] = {}
+    for modality, shard in labelled:
+        other = first.setdefault(modality, shard)
+        if other.classes[modality] != shard.classes[modality]:
+            raise UserError(
+                f"site '{site}': '{other.name}' and '{shard.name}' name different classes for "
+                f"'{modality}'; make them two sites"
+            )
+
+
+def _table_bytes(shard: Shard) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    columns = (shard.modality, shard.patient, shard.label, shard.split)
+    for m, patient, label, split in zip(*(column.tolist() for column in columns), strict=True):
+        modality = MODALITIES[m]
+        name = shard.classes[modality][label] if label >= 0 else ""
+        writer.writerow([modality, patient, name, split])
+    return text.getvalue().encode()
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"'{path}' is damaged: {why}; prepare the shard again")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise _damaged(path, "the file is missing")
+    return path
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"'{directory}' is not a shard (no manifest.json); check the path")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise _damaged(path, f"{key}: {first['msg'].lower()}") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from None
+
+
+def _map_images(path: Path, manifest: Manifest) -> NDArray[np.uint8]:
+    try:
+        images: NDArray[np.uint8] = np.load(_existing(path), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, str(error).splitlines()[0]) from None
+    expected = (manifest.count, manifest.px, manifest.px, manifest.channels)
+    if images.dtype != np.uint8 or images.shape != expected:
+        raise _damaged(path, f"expected uint8 {expected}, found {images.dtype} {images.shape}")
+    return images
+
+
+def _read_table(path: Path, manifest: Manifest, images: NDArray[np.uint8]) -> Shard:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+    if header != COLUMNS or len(rows) != manifest.count:
+        raise _damaged(path, f"expected columns {','.join(COLUMNS)} and {manifest.count} rows")
+    label_of = {(m, ""): -1 for m in manifest.classes}
+    label_of |= {(m, c): i for m, names in manifest.classes.items() for i, c in enumerate(names)}
+    for line, row in enumerate(rows, start=2):
+        if len(row) != 4 or (row[0], row[2]) not in label_of or row[3] not in SPLITS:
+            raise _damaged(path, f"line {line} does not fit the manifest: {','.join(row)!r}")
+    return Shard(
+        name=manifest.name,
+        images=images,
+        modality=np.array([MODALITIES.index(row[0]) for row in rows], dtype=np.int16),
+        patient=number_patients(row[1] for row in rows),
+        label=np.array([label_of[row[0], row[2]] for row in rows], dtype=np.int64),
+        split=np.array([row[3] for row in rows]),
+        classes=dict(manifest.classes),
+    )

@@ -1,0 +1,228 @@
+import csv
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import UserError
+from core.modalities import MODALITIES
+from core.shards import Shard, open_shard, open_site, open_sites, write_shard
+
+IMAGES64 = Path(__file__).parents[2].parent / "shared/data/images64"
+US = MODALITIES.index("us")
+
+
+def small_shard(name: str = "small", px: int = 8, channels: int = 3) -> Shard:
+    """Six images: two modalities, one unlabelled image, one patient with images of both."""
+    rng = np.random.default_rng(0)
+    return Shard(
+        name=name,
+        images=rng.integers(0, 256, (6, px, px, channels), dtype=np.uint8),
+        modality=np.array([0, 0, US, US, US, 0], dtype=np.int16),
+        patient=np.array([0, 1, 0, 2, 3, 3]),
+        label=np.array([1, 0, 0, -1, 1, -1]),
+        split=np.array(["train", "val", "train", "test", "test", "test"]),
+        classes={"ct": ("head", "chest, wide"), "us": ("benign", "malignant")},
+    )
+
+
+def test_a_shard_comes_back_from_disk_as_it_was_and_memory_mapped(tmp_path: Path) -> None:
+    shard = small_shard()
+    opened = open_shard(write_shard(tmp_path / "s", shard), verify=True)
+    assert isinstance(opened.images, np.memmap)
+    assert not opened.images.flags.writeable
+    assert (opened.name, opened.classes) == (shard.name, shard.classes)
+    for name in ("images", "modality", "patient", "label", "split"):
+        np.testing.assert_array_equal(getattr(opened, name), getattr(shard, name))
+        assert getattr(opened, name).dtype.kind == getattr(shard, name).dtype.kind
+
+
+def test_the_table_holds_what_the_format_says(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", small_shard())
+    with open(tmp_path / "s" / "table.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["modality", "patient", "label", "split"]
+    assert rows[1] == ["ct", "0", "chest, wide", "train"]
+    assert rows[4] == ["us", "2", "", "test"]
+
+
+def test_opaque_patient_keys_of_another_writer_are_numbered(tmp_path: Path) -> None:
+    directory = write_shard(tmp_path / "s", small_shard())
+    table = directory / "table.csv"
+    text = table.read_text().replace(",0,", ",x-17,")
+    table.write_text(text)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["sha256"]["table.csv"] = hashlib.sha256(text.encode()).hexdigest()
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert open_shard(directory).patient.tolist() == [0, 1, 0, 2, 3, 3]
+
+
+def test_writing_replaces_the_shard_of_that_name_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s", small_shard())
+    write_shard(tmp_path / "s", small_shard(px=16))
+    assert open_shard(tmp_path / "s").images.shape == (6, 16, 16, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_writing_over_anything_else_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "holiday.jpg").write_text("precious")
+    with pytest.raises(UserError, match="is not a shard; it is left as it is"):
+        write_shard(folder, small_shard())
+    assert (folder / "holiday.jpg").read_text() == "precious"
+    write_shard(tmp_path / "other", small_shard("other"))
+    with pytest.raises(UserError, match="holds shard 'other', not 'small'"):
+        write_shard(tmp_path / "other", small_shard())
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("core.shards.np.save", full_disk)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+        write_shard(tmp_path / "s", small_shard())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_shard_is_refused_when_written_and_when_opened(tmp_path: Path) -> None:
+    shard = small_shard()
+    nothing = {
+        name: getattr(shard, name)[:0]
+        for name in ("images", "modality", "patient", "label", "split")
+    }
+    with pytest.raises(UserError, match=r"is empty \(0 images\)"):
+        write_shard(tmp_path / "s", replace(shard, **nothing))
+    directory = write_shard(tmp_path / "s", shard)
+    edit_manifest(directory, count=0)
+    with pytest.raises(UserError, match=r"is empty \(0 images\)"):
+        open_shard(directory)
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path: Path) -> None:
+    split = np.array(["train", "val", "test", "test", "test", "test"])
+    with pytest.raises(UserError, match="patient number 0 is in 'train' and 'test'"):
+        write_shard(tmp_path / "s", replace(small_shard(), split=split))
+
+
+def edit_manifest(directory: Path, **changes: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version: "),
+        ({"count": "6"}, "count: "),
+        ({"channels": 4}, "channels: "),
+        ({"note": 1}, "note: "),
+        ({"classes": {"mri": []}}, "must be one of ct, cxr"),
+        ({"px": 16}, r"expected uint8 \(6, 16, 16, 3\), found uint8 \(6, 8, 8, 3\)"),
+        ({"count": 7}, "expected uint8"),
+        ({"classes": {"ct": ["head"], "us": []}}, "line 2 does not fit the manifest"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    directory = write_shard(tmp_path / "s", small_shard())
+    edit_manifest(directory, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        open_shard(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_or_missing_files_are_refused(tmp_path: Path) -> None:
+    directory = write_shard(tmp_path / "s", small_shard())
+    images = (directory / "images.npy").read_bytes()
+    (directory / "images.npy").write_bytes(images[:-10])
+    with pytest.raises(UserError, match=r"images\.npy' is damaged: .*; prepare the shard again"):
+        open_shard(directory)
+    (directory / "images.npy").write_bytes(images[:20])
+    with pytest.raises(UserError, match=r"images\.npy' is damaged"):
+        open_shard(directory)
+    (directory / "images.npy").write_bytes(images)
+    (directory / "table.csv").write_text("modality,patient,label,split\n")
+    with pytest.raises(UserError, match=r"table\.csv' is damaged: its sha256"):
+        open_shard(directory)
+    (directory / "table.csv").unlink()
+    with pytest.raises(UserError, match=r"table\.csv' is damaged: the file is missing"):
+        open_shard(directory)
+    (directory / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json' is damaged"):
+        open_shard(directory)
+
+
+def test_a_changed_pixel_is_found_by_verification_only(tmp_path: Path) -> None:
+    directory = write_shard(tmp_path / "s", small_shard())
+    data = bytearray((directory / "images.npy").read_bytes())
+    data[-1] ^= 1
+    (directory / "images.npy").write_bytes(data)
+    open_shard(directory)
+    with pytest.raises(UserError, match=r"images\.npy' is damaged: its sha256"):
+        open_shard(directory, verify=True)
+
+
+def test_a_site_is_a_shard_or_holds_several(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data" / "alpha", small_shard("one"))
+    write_shard(tmp_path / "data" / "beta" / "x", small_shard("x"))
+    write_shard(tmp_path / "data" / "beta" / "y", small_shard("y", channels=1))
+    (tmp_path / "data" / ".x.partial").mkdir()
+    sites = open_sites(tmp_path / "data")
+    assert {name: [s.name for s in shards] for name, shards in sites.items()} == {
+        "alpha": ["one"],
+        "beta": ["x", "y"],
+    }
+    assert list(open_sites(tmp_path / "data" / "alpha")) == ["one"]
+    assert [s.name for s in open_site(tmp_path / "data" / "beta")] == ["x", "y"]
+
+
+def test_shards_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "site" / "x", small_shard("x"))
+    write_shard(tmp_path / "site" / "y", small_shard("y", px=16))
+    with pytest.raises(UserError, match="mixes pixel sizes \\('x' 8 px, 'y' 16 px\\)"):
+        open_site(tmp_path / "site")
+    other = replace(small_shard("y"), classes={"ct": ("a", "b"), "us": ("benign", "malignant")})
+    write_shard(tmp_path / "site" / "y", other)
+    with pytest.raises(UserError, match="'x' and 'y' name different classes for 'ct'"):
+        open_site(tmp_path / "site")
+
+
+def test_a_data_directory_without_data_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; check the path"):
+        open_sites(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="neither npz files nor shards; make shards with"):
+        open_sites(tmp_path)
+    (tmp_path / "site").mkdir()
+    with pytest.raises(UserError, match=r"'.*/site' holds no shard"):
+        open_sites(tmp_path)
+    write_shard(tmp_path / "site", small_shard())
+    np.savez(tmp_path / "ct_a.npz", train_images=np.zeros((2, 8, 8), np.uint8))
+    with pytest.raises(UserError, match="holds npz files and shards"):
+        open_sites(tmp_path)
+
+
+def test_npz_files_become_one_site_a_modality_in_the_fixed_order(tmp_path: Path) -> None:
+    for name in ("octmnist_64", "cxr_b", "pneumoniamnist", "path_a"):
+        np.savez(tmp_path / f"{name}.npz", train_images=np.zeros((2, 8, 8), np.uint8))
+    sites = open_sites(tmp_path)
+    assert list(sites) == ["cxr", "pathology", "oct"]
+    assert [shard.name for shard in sites["cxr"]] == ["cxr_b", "pneumoniamnist"]
+    np.savez(tmp_path / "oct_c.npz", train_images=np.zeros((2, 16, 16), np.uint8))
+    with pytest.raises(UserError, match="site 'oct' mixes pixel sizes"):
+        open_sites(tmp_path)
+
+
+@pytest.mark.skipif(not IMAGES64.is_dir(), reason="the shared images are not here")
+def test_the_real_images_open_as_seven_sites_without_leaks() -> None:
+    sites = open_sites(IMAGES64)
+    assert sorted(sites) == sorted(MODALITIES)
+    assert [len(shard.images) for shard in sites["cxr"]] == [1000, 550]
+    assert sites["cfp"][0].classes["cfp"][3] == "diabetic_retinopathy"
+    assert len(np.unique(sites["pathology"][0].patient)) == 154
