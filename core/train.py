@@ -87,10 +87,8 @@ def load_private(state: TrainState, arrays: Arrays) -> None:
     for name, parameter in state.student.named_parameters():
         for moment in ("step", "exp_avg", "exp_avg_sq"):
             if (array := arrays.get(f"optimizer/{moment}/{name}")) is not None:
-                # AdamW counts its steps on the CPU unless fused.
-                fused = state.optimizer.defaults["fused"]
-                device = parameter.device if moment != "step" or fused else torch.device("cpu")
-                state.optimizer.state[parameter][moment] = torch.from_numpy(array.copy()).to(device)
+                moments = state.optimizer.state[parameter]
+                moments[moment] = torch.from_numpy(array.copy()).to(parameter.device)
     memory = {n.removeprefix("memory/"): a.copy() for n, a in arrays.items() if "memory/" in n}
     if memory:
         state.bank.load_arrays(memory)
@@ -160,7 +158,7 @@ def train(
             state.bank.write(batch.modality, embeddings, batch.patients)
         state.step += 1
         if on_step is not None:
-            on_step(done, steps, float(total))
+            on_step(done, steps, float(total.detach()))
     return {name: float(value) / steps for name, value in sums.items()}
 
 
@@ -219,8 +217,7 @@ def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
         scale = recipe.optim.layer_decay ** (depth + 1 - layer)
         groups.setdefault((scale, decays), []).append(parameter)
     table = [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
-    on_gpu = next(student.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(table, lr=0.0, weight_decay=0.0, fused=on_gpu, foreach=not on_gpu)
+    return torch.optim.AdamW(table, lr=0.0, weight_decay=0.0, fused=True)
 
 
 def _schedule(optimizer: torch.optim.AdamW, recipe: Recipe, step: int) -> None:
