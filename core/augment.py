@@ -23,8 +23,8 @@ _RGB_TO_YIQ = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.31
 class Views:
     """Normalised views of a batch."""
 
-    global_VBCHW: Tensor  # noqa: N815
-    local_VBCHW: Tensor  # noqa: N815
+    global_VBCHW: Tensor
+    local_VBCHW: Tensor
 
 
 def make_views(images: Tensor, modality: str, views: ViewsConfig, draws: torch.Generator) -> Views:
@@ -55,7 +55,7 @@ def make_views(images: Tensor, modality: str, views: ViewsConfig, draws: torch.G
 
 
 def normalise(pixels: Tensor, modality: str) -> Tensor:
-    """Bring [..., C, H, W] in [0, 1] to three channels of the modality's zero mean and deviation."""
+    """Bring [..., C, H, W] in [0, 1] to three channels with the modality's mean and deviation."""
     mean, std = MEAN_STD[modality]
     shift = pixels.new_tensor(mean)[:, None, None]
     scale = pixels.new_tensor(std)[:, None, None]
@@ -80,8 +80,10 @@ def _crop(
     flip = 1 - 2 * (torch.rand(batch, generator=draws) < views.flip_probability).float()
     angle = torch.deg2rad(_uniform(batch, -1, 1, draws) * views.rotation_degrees)
     cos, sin = angle.cos(), angle.sin()
-    rows = [cos * half_width * flip, -sin * half_height, cos * centre_x - sin * centre_y,
-            sin * half_width * flip, cos * half_height, sin * centre_x + cos * centre_y]  # fmt: skip
+    rows = [
+        cos * half_width * flip, -sin * half_height, cos * centre_x - sin * centre_y,
+        sin * half_width * flip, cos * half_height, sin * centre_x + cos * centre_y,
+    ]  # fmt: skip
     affine = torch.stack(rows, dim=1).view(batch, 2, 3).to(device)
     shape = [batch, pixels.shape[1], size, size]
     grid = functional.affine_grid(affine, shape, align_corners=False)

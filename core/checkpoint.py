@@ -1,4 +1,4 @@
-"""Files that survive a kill: written aside, synced, renamed; tensors in safetensors, facts in JSON."""
+"""Files that survive a kill: written aside, synced, renamed; safetensors and JSON, never pickle."""
 
 import hashlib
 import json
@@ -87,7 +87,8 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist") from None
     except (SafetensorError, OSError) as error:
@@ -101,7 +102,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_arrays(arrays: Arrays) -> str:
-    """A digest of names, dtypes, shapes and bytes of a set of arrays, independent of their order."""
+    """A digest of names, types, shapes and bytes of a set of arrays, whatever their order."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

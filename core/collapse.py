@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the server raises the alarm without torch
     from torch import Tensor
 
 LOSS_SHARE = 0.99
-"""Loss and entropy above this share of their ceiling are indistinguishable from a constant output."""
+"""Loss and entropy above this share of their ceiling look like those of a constant output."""
 COSINE_LIMIT = 0.98
 RANK_LIMIT = 1.5
 
@@ -26,7 +26,7 @@ def mean_cosine(embeddings: Tensor) -> float:
 
 
 def rankme(embeddings: Tensor) -> float:
-    """Effective rank exp(entropy of the singular values), from 1 to D (RankMe, arXiv 2210.02885)."""
+    """Effective rank exp(entropy of singular values), from 1 to D (RankMe, arXiv 2210.02885)."""
     import torch
 
     values = torch.linalg.svdvals(embeddings.double())

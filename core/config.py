@@ -50,7 +50,7 @@ class ModelConfig(Strict):
     options: dict[str, int | float | bool | str] = {}
     """Further arguments of timm.create_model, such as depth or patch_size."""
     init_file: str = ""
-    """Pretrained backbone (.safetensors, timm names), read by the coordinator only; empty: random."""
+    """Pretrained backbone (.safetensors, timm's names), read by the coordinator; empty: random."""
     head_hidden: Count = 256
     embedding_dim: Annotated[int, Field(ge=2)] = 64
     drop_path: Jitter = 0.0
@@ -135,7 +135,7 @@ class FederationConfig(Strict):
     wait_for_sites_seconds: Positive = 600.0
     """How long a round waits for `min_sites` to be connected."""
     teacher: Literal["average", "rebuild"] = "average"
-    """average: sites send their teachers; rebuild: the server continues the EMA from the students."""
+    """average: sites send teachers too; rebuild: the server continues the EMA from the students."""
     prototypes_per_modality: Annotated[int, Field(ge=0)] = 16
     prototype_min_patients: Annotated[int, Field(ge=2)] = 10
     """A prototype made of fewer patients never leaves a site."""
@@ -219,7 +219,9 @@ def _validate(model: type[S], text: str, where: str) -> S:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown key '{key}'; check its spelling and section") from None
+            raise UserError(
+                f"{where}: unknown key '{key}'; check its spelling and section"
+            ) from None
         raise UserError(
             f"{where}: '{key}': {first['msg'].lower()}, found {first['input']!r}"
         ) from None

@@ -1,4 +1,4 @@
-"""Frozen features of a backbone, and what a nearest-neighbour vote and a linear probe make of them."""
+"""Frozen features of a backbone, and what a neighbours' vote and a linear probe make of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,14 +62,14 @@ def check_task(task: Task) -> None:
     """Refuse what cannot be measured.
 
     Raises:
-        UserError: a class has fewer than two training images, or a split has fewer than two classes.
+        UserError: a class has fewer than two training images, or a split fewer than two classes.
     """
     where = f"shard '{task.shard.name}', {task.name}"
     for split, indices in (("train", task.train), ("val", task.val), ("test", task.test)):
         if (found := len(np.unique(task.labels(indices)))) < 2:
             raise UserError(
-                f"{where}: split '{split}' holds {found} labelled class(es), at least 2 are needed; "
-                "add labelled images or split anew"
+                f"{where}: split '{split}' holds {found} labelled class(es), at least 2 are "
+                "needed; add labelled images or split anew"
             )
     classes, counts = np.unique(task.labels(task.train), return_counts=True)
     if counts.min() < 2:
@@ -135,7 +135,7 @@ def knn_scores(
     scores = np.zeros((len(queries), int(labels.max()) + 1))
     for column in range(count):
         scores[np.arange(len(queries)), labels[nearest[:, column]]] += weight[:, column]
-    return scores / scores.sum(1, keepdims=True)
+    return np.asarray(scores / scores.sum(1, keepdims=True))
 
 
 def probe_scores(

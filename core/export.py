@@ -1,4 +1,4 @@
-"""The released form of a model: the teacher's backbone alone, as timm names it, and how to load it."""
+"""The released form of a model: the teacher's backbone alone, under timm's names."""
 
 import json
 from dataclasses import dataclass
@@ -68,7 +68,9 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     if path.is_dir():
         rounds = sorted(path.glob("round-*.safetensors"))
         if not rounds:
-            raise UserError(f"'{path}' holds no round-*.safetensors; give a run directory or a file")
+            raise UserError(
+                f"'{path}' holds no round-*.safetensors; give a run directory or a file"
+            )
         path = rounds[-1]
     arrays, metadata = load_arrays(path)
     if "timm" in metadata:
@@ -81,12 +83,14 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     else:
         if not (recipe_file := path.parent / "recipe.json").exists():
             raise UserError(
-                f"'{path}' is neither an exported model nor a round of a run directory; make one with "
-                "'fedmermed-server export RUN OUT.safetensors'"
+                f"'{path}' is neither an exported model nor a round of a run directory; make one "
+                "with 'fedmermed-server export RUN OUT.safetensors'"
             )
         recipe = recipe_from_json(json.dumps(read_json(recipe_file)), f"'{recipe_file}'")
         teacher = GlobalState.from_arrays(arrays).teacher
-        weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}
+        weights = {
+            n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)
+        }
         config, px = recipe.model, recipe.views.global_px
     backbone = create_backbone(config, px)
     try:

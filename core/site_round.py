@@ -7,6 +7,7 @@ arrays, so that every round may run in a fresh process and an interrupted one le
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -149,11 +150,14 @@ class SiteData:
         offsets = np.cumsum([0, *(len(shard.images) for shard in shards)])
         self.first = offsets[:-1]
         patients = np.cumsum([0, *(int(shard.patient.max()) + 1 for shard in shards)])
-        self.patient = np.concatenate([s.patient + p for s, p in zip(shards, patients, strict=False)])
+        self.patient = np.concatenate(
+            [s.patient + p for s, p in zip(shards, patients, strict=False)]
+        )
         modality = np.concatenate([shard.modality for shard in shards])
         training = np.concatenate([shard.split for shard in shards]) == "train"
         self.pools: dict[int, NDArray[np.int64]] = {
-            int(m): np.flatnonzero(training & (modality == m)) for m in np.unique(modality[training])
+            int(m): np.flatnonzero(training & (modality == m))
+            for m in np.unique(modality[training])
         }
 
     def batches(self, recipe: Recipe, site: str, step: int) -> list[Batch]:
@@ -176,7 +180,7 @@ class SiteData:
 
     def _read(self, index: int) -> NDArray[np.uint8]:
         shard = int(np.searchsorted(self.first, index, side="right")) - 1
-        return self.shards[shard].images[index - self.first[shard]]
+        return np.asarray(self.shards[shard].images[index - self.first[shard]])
 
 
 def num_examples(shards: Sequence[Shard]) -> dict[str, int]:
@@ -199,14 +203,14 @@ def resolve_device(name: str) -> str:
         raise UserError(f"device '{name}' is unknown; give 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} usable GPU(s) "
-            "here; install a driver and a CUDA build of torch, or set device = 'auto' or 'cpu'"
+            f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} usable "
+            "GPU(s) here; install a driver and a CUDA build of torch, or give 'auto' or 'cpu'"
         )
     return name
 
 
 def knn_auroc(recipe: Recipe, backbone: nn.Module, shards: Sequence[Shard]) -> dict[str, float]:
-    """AUROC of a kNN vote on the validation split, for each labelled modality; metric name -> AUROC."""
+    """AUROC of a kNN vote on the validation split of each labelled modality, by wire name."""
     scores: dict[str, list[float]] = {}
     px = recipe.views.global_px
     for task in labelled_tasks(list(shards)):
@@ -244,17 +248,18 @@ def _load_pretrained(network: Network, path: Path) -> None:
     weights = {name: torch.from_numpy(array) for name, array in arrays.items() if name in own}
     position = weights.get("pos_embed")
     if position is not None and position.shape != own["pos_embed"].shape:
-        from timm.layers import resample_abs_pos_embed
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
-        tokens = own["pos_embed"].shape[1] - network.backbone.num_prefix_tokens  # type: ignore[operator]
-        side = int(tokens**0.5)
+        prefix = cast(int, network.backbone.num_prefix_tokens)
+        side = int((own["pos_embed"].shape[1] - prefix) ** 0.5)
         weights["pos_embed"] = resample_abs_pos_embed(
-            position, [side, side], num_prefix_tokens=network.backbone.num_prefix_tokens
+            position, [side, side], num_prefix_tokens=prefix
         )
     wrong = sorted(n for n in own if n not in weights or weights[n].shape != own[n].shape)
     if wrong:
         raise UserError(
-            f"model.init_file '{path}' does not fit the backbone: {len(wrong)} of {len(own)} weights "
-            f"are missing or of another shape, first '{wrong[0]}'; give the file of the same timm model"
+            f"model.init_file '{path}' does not fit the backbone: {len(wrong)} of {len(own)} "
+            f"weights are missing or of another shape, first '{wrong[0]}'; give the file of the "
+            "same timm model"
         )
     network.backbone.load_state_dict(weights)

@@ -144,16 +144,21 @@ def train(
             share = len(batch.images) / sum(len(b.images) for b in current)
             total = total + share * (consistency + loss_config.koleo_weight * koleo)
             writes.append((batch, teacher[1]))
-            for key, value in (("loss", consistency), ("koleo", koleo), ("teacher_entropy", entropy)):
+            for key, value in (
+                ("loss", consistency),
+                ("koleo", koleo),
+                ("teacher_entropy", entropy),
+            ):
                 wire = f"{key}/{name}"
                 sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value.detach()
         state.optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward(total)
         _clip_each(parameters, recipe.optim.clip_norm)
         state.optimizer.step()
         momentum = ema_momentum(recipe, step)
         with torch.no_grad():
-            torch._foreach_lerp_(list(state.teacher.parameters()), parameters, 1 - momentum)
+            averaged: list[Tensor] = list(state.teacher.parameters())
+            torch._foreach_lerp_(averaged, list[Tensor](parameters), 1 - momentum)
         for batch, embeddings in writes:  # after the loss: a batch never meets itself
             state.bank.write(batch.modality, embeddings, batch.patients)
         state.step += 1
@@ -204,7 +209,7 @@ def _embed(state: TrainState, views: Views) -> tuple[Tensor, Tensor]:
 
 
 def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW in groups of one decay and one layer scale; `lr_scale` and `decays` steer `_schedule`."""
+    """AdamW in groups of one decay and layer scale; `lr_scale` and `decays` steer `_schedule`."""
     depth = len(student.backbone.blocks)  # type: ignore[arg-type]
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():

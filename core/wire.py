@@ -35,7 +35,7 @@ METRICS: Final = (
     "seconds_train",
     "seconds_evaluate",
 )
-"""Scalars a site may send, bare or as <metric>/<modality>; `loss_ceiling` is ln(entries a block)."""
+"""Scalars a site may send, bare or as <metric>/<modality>; see core.collapse and core.train."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GlobalState:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> "GlobalState":
-        """The inverse of `to_arrays`; names outside the list are ignored here, see `unknown_names`."""
+        """The inverse of `to_arrays`; names outside the list are left to admission to refuse."""
         return cls(
             student=take(arrays, STUDENT),
             teacher=take(arrays, TEACHER),

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from core.augment import make_views, normalise
 from core.config import ViewsConfig
 from core.modalities import MEAN_STD
@@ -9,12 +10,12 @@ from core.modalities import MEAN_STD
 
 def still(**changes: object) -> ViewsConfig:
     """Views that change nothing, but for what a test asks for."""
-    quiet = dict(
+    quiet = ViewsConfig(
         global_px=16, local_px=8, local_views=2, global_area=(1.0, 1.0), local_area=(1.0, 1.0),
         rotation_degrees=0.0, flip_probability=0.0, jitter_probability=0.0,
         blur_probability=(0.0, 0.0, 0.0),
     )  # fmt: skip
-    return ViewsConfig(**{**quiet, **changes})
+    return quiet.model_copy(update=changes)
 
 
 def images(channels: int = 3, seed: int = 0) -> torch.Tensor:

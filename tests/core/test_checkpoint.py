@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from core.checkpoint import (
     commit_directory,
     load_arrays,
@@ -36,7 +37,9 @@ def test_a_torn_file_is_refused_by_name(tmp_path: Path) -> None:
         load_arrays(path)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "state"
     write_atomically(path, b"old")
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from core.config import Recipe, load_recipe, recipe_from_json
 from core.errors import UserError
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
 from core.__main__ import app
 from core.backbone import create_backbone
 from core.checkpoint import load_arrays
@@ -24,8 +27,6 @@ from core.export import export_teacher, load_model
 from core.phantoms import make_phantoms
 from core.shards import Shard, write_shard
 from core.site_round import initial_state
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 RECIPE = Recipe.model_validate_json(
@@ -79,7 +80,11 @@ def test_features_do_not_depend_on_batching_and_take_both_tokens_of_each_block()
 
 def test_each_modality_counts_once_in_the_mean() -> None:
     row = {"accuracy": 0.5, "balanced_accuracy": 0.5}
-    rows = {"ct/a": {"auroc": 1.0, **row}, "cxr/a": {"auroc": 0.6, **row}, "cxr/b": {"auroc": 0.8, **row}}
+    rows = {
+        "ct/a": {"auroc": 1.0, **row},
+        "cxr/a": {"auroc": 0.6, **row},
+        "cxr/b": {"auroc": 0.8, **row},
+    }
     assert mean_over_modalities(rows)["auroc"] == pytest.approx(0.85)
 
 
@@ -88,7 +93,7 @@ def test_a_class_with_one_training_image_is_refused_by_name() -> None:
     train = np.flatnonzero((shard.split == "train") & (shard.label == 0))
     label = shard.label.copy()
     label[train[1:]] = 1
-    with pytest.raises(UserError, match="class '.*' has 1 training image, at least 2 are needed"):
+    with pytest.raises(UserError, match=r"class '.*' has 1 training image, at least 2 are needed"):
         check_task(labelled_tasks([dataclasses.replace(shard, label=label)])[0])
 
 
@@ -121,7 +126,7 @@ def test_the_command_measures_an_export_and_writes_json(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         report = json.loads(out.read_text())
         assert 0 <= report["mean"]["auroc"] <= 1
-        assert list(report["tasks"])[0].startswith("dermatology/")
+        assert next(iter(report["tasks"])).startswith("dermatology/")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from core.losses import consistency_loss, koleo_loss, random_blocks
 
 
@@ -11,7 +12,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def written_formula(student, teacher, memory, blocks, student_temperature, teacher_temperature):
-    """The design's formula, term by term: mean over pairs, blocks, images of - sum_j q_j log p_j."""
+    """The design's formula, term by term: mean over pairs, blocks, images of - sum q log p."""
     terms = []
     for u in range(len(teacher)):
         for v in range(len(student)):
@@ -69,7 +70,7 @@ def test_constant_embeddings_meet_the_ceiling_of_loss_and_entropy() -> None:
 
 
 def test_own_rings_equal_one_ring_with_a_mask_under_balanced_batches() -> None:
-    """MerMED masks entries of other modalities to -inf in one ring; balanced rings hold the same."""
+    """MerMED-FM masks entries of other modalities to -inf in one ring."""
     modalities, entries, batch = 3, 12, 4
     rings = unit(modalities, entries, 8, seed=5)
     student, teacher = unit(4, modalities * batch, 8), unit(2, modalities * batch, 8, seed=1)
@@ -89,7 +90,12 @@ def test_own_rings_equal_one_ring_with_a_mask_under_balanced_batches() -> None:
     for modality in range(modalities):
         chosen = of_image == modality
         loss, _ = consistency_loss(
-            student[:, chosen], teacher[:, chosen], rings[modality], [torch.arange(entries)], 0.1, 0.04
+            student[:, chosen],
+            teacher[:, chosen],
+            rings[modality],
+            [torch.arange(entries)],
+            0.1,
+            0.04,
         )
         own.append(loss)
     assert torch.stack(own).mean().item() == pytest.approx(masked.item(), rel=1e-5)

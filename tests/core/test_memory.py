@@ -1,4 +1,5 @@
 import torch
+
 from core.memory import NO_PATIENT, MemoryBank
 
 

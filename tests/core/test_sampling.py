@@ -1,4 +1,5 @@
 import numpy as np
+
 from core.sampling import batch_share, draw
 
 

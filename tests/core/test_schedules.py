@@ -1,4 +1,5 @@
 import pytest
+
 from core.config import Recipe
 from core.schedules import ema_momentum, learning_rate, teacher_temperature, weight_decay
 
@@ -24,7 +25,9 @@ def test_momentum_rises_to_one_and_a_teacher_frozen_from_the_start_stays_frozen(
     assert ema_momentum(RECIPE, 0) == pytest.approx(0.9)
     assert ema_momentum(RECIPE, 50) == pytest.approx(0.95)
     assert ema_momentum(RECIPE, 100) == pytest.approx(1.0)
-    frozen = RECIPE.model_copy(update={"optim": RECIPE.optim.model_copy(update={"ema_momentum": 1.0})})
+    frozen = RECIPE.model_copy(
+        update={"optim": RECIPE.optim.model_copy(update={"ema_momentum": 1.0})}
+    )
     assert all(ema_momentum(frozen, step) == 1.0 for step in range(100))
 
 

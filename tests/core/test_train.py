@@ -3,10 +3,19 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from core.backbone import initialise
 from core.collapse import alarm, mean_cosine, rankme
 from core.config import Recipe
-from core.train import Batch, load_network, load_private, network_arrays, new_state, private_arrays, train
+from core.train import (
+    Batch,
+    load_network,
+    load_private,
+    network_arrays,
+    new_state,
+    private_arrays,
+    train,
+)
 
 CPU = torch.device("cpu")
 

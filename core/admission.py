@@ -1,0 +1,175 @@
+"""Admission: what an update must be before the server lets it touch the global state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from core.checkpoint import Arrays
+from core.config import Recipe
+from core.modalities import MODALITIES
+from core.wire import (
+    COUNTS,
+    NUM_EXAMPLES,
+    PROTOTYPES,
+    STUDENT,
+    TEACHER,
+    GlobalState,
+    Prototypes,
+    SiteUpdate,
+    metric_is_declared,
+    take,
+)
+
+UNIT_TOLERANCE = 1e-3
+"""Allowed distance of a prototype's norm from 1."""
+
+
+class Rejected(Exception):
+    """An update that must not be used; its text names site, round, what was wrong."""
+
+
+def admit(
+    arrays: Arrays,
+    metrics: Mapping[str, Any],
+    *,
+    site: str,
+    round_number: int,
+    reference: GlobalState,
+    recipe: Recipe,
+) -> SiteUpdate:
+    """Check an update against the state that the site was sent.
+
+    Args:
+        arrays: Under their wire names; all must be float32.
+        metrics: Counts and scalars under their wire names.
+        site: Name of the sender.
+        round_number: The round it answers.
+        reference: The global state at the start of the round.
+        recipe: The study.
+
+    Returns:
+        The update, fit to be aggregated.
+
+    Raises:
+        Rejected: the first of the guarantees below that does not hold.
+
+    **Guarantees** for an admitted update:
+        - Arrays are exactly the global student's (and the teacher's, when the recipe averages
+          teachers), with their shapes, float32 and finite, plus prototypes; nothing else.
+        - Student and teacher each lie within `max_update_norm` times the norm of what was sent.
+        - Prototypes are unit rows of the recipe's dimension, at most its number, each of at least
+          its minimum of patients and no more patients than images, for modalities the site holds.
+        - Numbers of examples are whole, between 1 and `max_examples`, one modality at the least.
+        - Metrics are on the closed list and finite.
+    """
+    try:
+        expected = {STUDENT + name: a for name, a in reference.student.items()}
+        if recipe.federation.teacher == "average":
+            expected |= {TEACHER + name: a for name, a in reference.teacher.items()}
+        weights = {n: a for n, a in arrays.items() if not n.startswith((PROTOTYPES, COUNTS))}
+        _check_names(weights, expected)
+        for name, array in arrays.items():
+            _check_array(name, array, expected.get(name))
+        examples = _check_metrics(metrics, recipe.federation.max_examples)
+        update = SiteUpdate(
+            student=take(arrays, STUDENT),
+            teacher=take(arrays, TEACHER),
+            prototypes=Prototypes(take(arrays, PROTOTYPES), take(arrays, COUNTS)),
+            num_examples=examples,
+            metrics={n: float(v) for n, v in metrics.items() if not n.startswith(NUM_EXAMPLES)},
+        )
+        limit = recipe.federation.max_update_norm
+        _check_distance("student", update.student, reference.student, limit)
+        if update.teacher:
+            _check_distance("teacher", update.teacher, reference.teacher, limit)
+        _check_prototypes(update, recipe)
+    except _Bad as bad:
+        reason = f"site '{site}', round {round_number}: {printable(str(bad))}; update rejected"
+        raise Rejected(reason) from None
+    return update
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Text from outside, cut and stripped of control characters, so that it may be shown."""
+    clean = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+
+
+class _Bad(Exception):
+    """One failed check; `admit` adds who and when."""
+
+
+def _check_names(weights: Arrays, expected: Arrays) -> None:
+    if missing := sorted(set(expected) - set(weights)):
+        raise _Bad(f"array '{missing[0]}' is missing ({len(missing)} missing in all)")
+    if extra := sorted(set(weights) - set(expected)):
+        raise _Bad(f"array '{printable(extra[0], 80)}' was not asked for ({len(extra)} in all)")
+
+
+def _check_array(name: str, array: Any, expected: Any) -> None:
+    name = printable(name, 80)
+    if array.dtype != np.float32:
+        raise _Bad(f"array '{name}' has dtype {array.dtype}, expected float32")
+    if expected is not None and array.shape != expected.shape:
+        raise _Bad(f"array '{name}' has shape {array.shape}, expected {expected.shape}")
+    if not np.isfinite(array).all():
+        raise _Bad(f"array '{name}' is not finite")
+
+
+def _check_metrics(metrics: Mapping[str, Any], max_examples: int) -> dict[str, int]:
+    examples: dict[str, int] = {}
+    for name, value in metrics.items():
+        shown = printable(name, 80)
+        if not metric_is_declared(name):
+            raise _Bad(f"metric '{shown}' is not on the list of what may be sent")
+        if name.startswith(NUM_EXAMPLES):
+            if type(value) is not int or not 1 <= value <= max_examples:
+                raise _Bad(
+                    f"'{shown}' is {value!r}, expected a whole number from 1 to {max_examples}"
+                )
+            examples[name.removeprefix(NUM_EXAMPLES)] = value
+        elif type(value) not in (int, float) or not np.isfinite(value):
+            raise _Bad(f"metric '{shown}' is {value!r}, expected a finite number")
+    if not examples:
+        raise _Bad(f"no '{NUM_EXAMPLES}<modality>' was sent, expected one at the least")
+    return examples
+
+
+def _check_distance(what: str, sent: Arrays, reference: Arrays, limit: float) -> None:
+    moved = np.sqrt(sum(_squares(sent[n].astype(np.float64) - reference[n]) for n in sorted(sent)))
+    size = np.sqrt(sum(_squares(reference[n].astype(np.float64)) for n in sorted(sent)))
+    if not moved <= limit * size:
+        raise _Bad(
+            f"{what} moved by {moved:.3g}, more than {limit:g} times the norm {size:.3g} of "
+            "what was sent (federation.max_update_norm)"
+        )
+
+
+def _squares(array: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    return float(np.square(array).sum())
+
+
+def _check_prototypes(update: SiteUpdate, recipe: Recipe) -> None:
+    centroids, counts = update.prototypes.centroids, update.prototypes.counts
+    if odd := sorted(set(centroids) ^ set(counts)):
+        raise _Bad(f"prototypes of '{printable(odd[0], 40)}' lack their counts or centroids")
+    federation, dim = recipe.federation, recipe.model.embedding_dim
+    most, fewest = federation.prototypes_per_modality, federation.prototype_min_patients
+    for modality in sorted(centroids):
+        shown = f"'{PROTOTYPES}{printable(modality, 40)}'"
+        rows, patients = centroids[modality], counts[modality]
+        if modality not in MODALITIES or modality not in update.num_examples:
+            raise _Bad(f"{shown}: the site reports no images of this modality")
+        if rows.ndim != 2 or not 1 <= len(rows) <= most or rows.shape[1] != dim:
+            raise _Bad(f"{shown} has shape {rows.shape}, expected (1 to {most}, {dim})")
+        if patients.shape != (len(rows),):
+            raise _Bad(f"counts of {shown} have shape {patients.shape}, expected ({len(rows)},)")
+        if np.abs(np.linalg.norm(rows.astype(np.float64), axis=1) - 1).max() > UNIT_TOLERANCE:
+            raise _Bad(f"{shown}: rows are not of unit length")
+        images = update.num_examples[modality]
+        if patients.min() < fewest or patients.max() > images:
+            raise _Bad(
+                f"counts of {shown} range from {patients.min():g} to {patients.max():g}, expected "
+                f"{fewest} patients at the least and no more than the {images} images"
+            )
