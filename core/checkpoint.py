@@ -74,9 +74,21 @@ def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = No
     Arrays are stored in sorted order, so equal contents give equal files.
     """
     ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
-    data = save(ordered, metadata)
+    data = _with_sorted_metadata(save(ordered, metadata))
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """Rewrite the header: the library writes metadata in an order that differs by process."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if len(header.get("__metadata__", ())) < 2:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns what follows to 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,21 @@ def test_arrays_come_back_with_their_bits_and_metadata(tmp_path: Path) -> None:
     assert digest == sha256_file(tmp_path / "x.safetensors")
     assert sha256_arrays(loaded) == sha256_arrays(arrays)
     assert metadata == {"round": "3"}
+
+
+def test_equal_contents_give_equal_files_in_every_process(tmp_path: Path) -> None:
+    program = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from core.checkpoint import save_arrays\n"
+        "print(save_arrays(Path(sys.argv[1]), {'x': np.ones((3, 5), np.float32), 'y': np.ones(1)},"
+        " {name: name for name in 'abcdefgh'}))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "x.safetensors")]
+    digests = {subprocess.run(command, capture_output=True, check=True).stdout for _ in range(4)}
+    assert len(digests) == 1
+    loaded, metadata = load_arrays(tmp_path / "x.safetensors")
+    assert loaded["x"].tolist() == np.ones((3, 5)).tolist()
+    assert metadata == {name: name for name in "abcdefgh"}
 
 
 def test_a_digest_tells_names_shapes_and_types_apart() -> None:

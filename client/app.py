@@ -1,0 +1,147 @@
+"""The hospital's Flower ClientApp: translates messages, and lets no failure leave as a traceback.
+
+Which site this process serves is told by the site file: `site` in the SuperNode's node config. The
+simulation on Ray gives a partition number only; there FEDMERMED_SITES_DIR names a directory with
+NAME/site.toml. Both are set on the site's machine; the run config, which the coordinator writes, is
+never read.
+"""
+
+import importlib.metadata
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from client.audit import Audit
+from client.rounds import Request, answer
+from client.site import Refusal, SiteConfig, load_site
+from core.checkpoint import Arrays
+from core.config import recipe_from_json
+from core.errors import UserError
+
+LOG = logging.getLogger("fedmermed.site")
+CLIENT_APP_ERROR = 2
+"""Flower's code for a failure inside a ClientApp."""
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this site is."""
+    return _guarded(message, context, "query")
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round on this site's images."""
+    return _guarded(message, context, "train")
+
+
+def _guarded(message: Message, context: Context, kind: str) -> Message:
+    """Answer a message; whatever fails becomes an error reply with a plain reason."""
+    try:
+        site = load_site(_site_file(context))
+        audit = Audit(site.state_path)
+        content = _query(message, site, audit) if kind == "query" else _train(message, site, audit)
+        return Message(content, reply_to=message)
+    except Refusal as refusal:
+        LOG.warning("%s refused: %s", kind, refusal)
+        reason = str(refusal)
+    except Exception as error:
+        LOG.exception("%s failed", kind)
+        # The text may name paths or values of this site: only its kind leaves.
+        reason = f"the site could not do this ({type(error).__name__}); its log says why"
+    return Message(Error(CLIENT_APP_ERROR, reason), reply_to=message)
+
+
+def _query(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
+    study = str(message.content.config_records["config"]["study"])[:64]
+    audit = replace(audit, study=study)
+    audit.write("in", "query", "accepted")
+    try:
+        version = importlib.metadata.version("fedmermed")
+    except importlib.metadata.PackageNotFoundError:
+        version = "checkout"
+    audit.write("out", "query", f"sent site '{site.name}' and version {version}")
+    return RecordDict({"info": ConfigRecord({"site": site.name, "version": version})})
+
+
+def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
+    started = time.monotonic()
+    try:
+        request = _read(message)
+    except (Refusal, UserError) as error:
+        audit.write("in", "train", f"not understood: {error}")
+        raise Refusal(str(error)) from None
+    audit = replace(audit, study=request.study, round_number=request.round_number)
+    audit.write("in", "train", "accepted for checking", arrays=request.arrays)
+    try:
+        update, trained = answer(site, request)
+    except Exception as error:
+        # A refusal is plain; another error may name a path, which has no place in the audit file.
+        why = str(error) if isinstance(error, Refusal) else type(error).__name__
+        seconds = time.monotonic() - started
+        audit.write("out", "train", f"not done: {why}", seconds=seconds)
+        raise
+    arrays, metrics = update.to_arrays(), update.to_metrics()
+    audit.write(
+        "out", "train", "trained and sent" if trained else "stored reply sent again",
+        arrays=arrays, scalars=dict(metrics), seconds=time.monotonic() - started,
+    )  # fmt: skip
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+            "metrics": MetricRecord(dict(metrics)),
+        }
+    )
+
+
+def _read(message: Message) -> Request:
+    """Take a train message apart.
+
+    Raises:
+        Refusal: the message is not what core/wire.py says.
+    """
+    records = message.content
+    config = records.config_records.get("config", ConfigRecord())
+    kinds = {"study": str, "round": int, "step": int, "recipe": str}
+    if set(records) != {"arrays", "config"} or set(config) != set(kinds):
+        raise Refusal("the message does not hold exactly what a train message should")
+    for key, kind in kinds.items():
+        if type(config[key]) is not kind:
+            raise Refusal(f"'{key}' in the message is not of type {kind.__name__}")
+    return Request(
+        study=str(config["study"]),
+        round_number=int(config["round"]),  # type: ignore[arg-type]
+        step=int(config["step"]),  # type: ignore[arg-type]
+        recipe=recipe_from_json(str(config["recipe"]), "the coordinator's recipe"),
+        arrays=_arrays(records.array_records["arrays"]),
+    )
+
+
+def _arrays(record: ArrayRecord) -> Arrays:
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def _site_file(context: Context) -> Path:
+    if "site" in context.node_config:
+        return Path(str(context.node_config["site"]))
+    directory = os.environ.get("FEDMERMED_SITES_DIR")
+    if not directory:
+        raise UserError("no site file: start the SuperNode with --node-config 'site=\"SITE.toml\"'")
+    files = sorted(Path(directory).glob("*/site.toml"))
+    return files[int(context.node_config["partition-id"])]

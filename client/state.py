@@ -1,0 +1,122 @@
+"""What a site keeps on its disk between rounds, so that a round is trained once whatever happens.
+
+STATE/<study>/round-0007/   private.safetensors (optimiser moments, memory bank), reply.safetensors
+                            and reply.json (the exact reply, and the digest of what it answers)
+A round's directory appears by one rename, complete; the one before goes after that. Private arrays
+hold patient embeddings and never leave the site.
+"""
+
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.site import Refusal
+from core.checkpoint import (
+    Arrays,
+    commit_directory,
+    load_arrays,
+    read_json,
+    save_arrays,
+    write_json,
+)
+from core.wire import GlobalState, SiteUpdate
+
+STUDY_ID = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """One study's state at one site."""
+
+    directory: Path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study: an orphan of a killed process may still be training the same round."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def stored_reply(self, round_number: int, received: str) -> SiteUpdate | None:
+        """The reply to a round that was already trained, or None when it is new.
+
+        Args:
+            round_number: The round asked for.
+            received: Digest of the arrays that came with it.
+
+        Raises:
+            Refusal: the round is older than the state, or was trained from other weights.
+        """
+        last = self.last_round()
+        if round_number > last:
+            return None
+        if round_number < last:
+            raise Refusal(
+                f"round {round_number} was asked for, but this site is already at round {last} "
+                "of this study; a site does not go back"
+            )
+        path = self._round(last)
+        facts = read_json(path / "reply.json")
+        if facts["received"] != received:
+            raise Refusal(
+                f"round {round_number} was asked for again with other weights; this site trains "
+                "a round of a study once"
+            )
+        arrays, _ = load_arrays(path / "reply.safetensors")
+        carrier = GlobalState.from_arrays(arrays)
+        return SiteUpdate(
+            student=carrier.student,
+            teacher=carrier.teacher,
+            prototypes=carrier.prototypes,
+            num_examples=facts["num_examples"],
+            metrics=facts["metrics"],
+        )
+
+    def private(self) -> Arrays:
+        """Private arrays of the last round trained; none before the first."""
+        last = self.last_round()
+        return load_arrays(self._round(last) / "private.safetensors")[0] if last else {}
+
+    def commit(self, round_number: int, received: str, update: SiteUpdate, private: Arrays) -> None:
+        """Store a trained round in one step, then drop older ones."""
+        aside = self.directory / f".round-{round_number:04d}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_arrays(aside / "private.safetensors", private)
+        save_arrays(aside / "reply.safetensors", update.to_arrays())
+        facts = {
+            "received": received,
+            "num_examples": update.num_examples,
+            "metrics": update.metrics,
+        }
+        write_json(aside / "reply.json", facts)
+        commit_directory(aside, self._round(round_number))
+        for number in self._rounds():
+            if number < round_number:
+                shutil.rmtree(self._round(number))
+
+    def last_round(self) -> int:
+        """The last round trained, 0 before the first."""
+        return max(self._rounds(), default=0)
+
+    def _rounds(self) -> list[int]:
+        return [int(path.name.removeprefix("round-")) for path in self.directory.glob("round-*")]
+
+    def _round(self, number: int) -> Path:
+        return self.directory / f"round-{number:04d}"
+
+
+def open_state(state_path: Path, study: str) -> SiteState:
+    """The state of a study.
+
+    Raises:
+        Refusal: the study's id, which comes from the coordinator, is not a plain hexadecimal name.
+    """
+    if not STUDY_ID.fullmatch(study):
+        raise Refusal("the study's id is not 8 to 64 hexadecimal digits")
+    return SiteState(state_path / "studies" / study)

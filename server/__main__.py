@@ -1,0 +1,62 @@
+"""`fedmermed-server`: run a federation on one machine, and release its model."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from core.console import new_app, run_command_line
+
+# Flower reads these when it is imported: no call home from any of our commands.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+# Threads that wait give way: spinning ones slow a machine that others use too by 2 to 30 times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Below those lines, for that reason.
+from server.engines import EngineName
+
+app = new_app("Coordinate a study: simulate a federation, export its model.")
+
+
+@app.command()
+def simulate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (.toml).")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Directory of shards or npz files; none: seven phantom hospitals."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; none: runs/<name>.")] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="What brings server and sites together.")
+    ] = EngineName.INPROCESS,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**31 - 1, help="In place of the recipe's.")
+    ] = None,
+) -> None:
+    """Run a whole federation on this machine; run again on the same directory, it resumes."""
+    from server.simulate import simulate as run
+
+    run(recipe, data=data, out=out, engine=engine, seed=seed)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
+) -> None:
+    """Write the last round's teacher backbone as safetensors that timm.create_model loads."""
+    from server.summary import export_model
+
+    digest, round_number = export_model(run, out)
+    typer.echo(f"{out}: teacher after round {round_number}, sha256 {digest}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command_line(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Aggregation: from admitted updates to the next global state, in numpy and in a fixed order."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from core.checkpoint import Arrays
+from core.config import Recipe
+from core.prototypes import decay_prototypes, merge_prototypes
+from core.schedules import ema_momentum
+from core.wire import GlobalState, Prototypes, SiteUpdate
+
+
+def balanced_weights(num_examples: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """Weights of the sites that give every modality the same say.
+
+    The federated form of a sampler balanced over modalities: w_i = mean over the modalities m that
+    are present of n_im / N_m.
+
+    Args:
+        num_examples: Site -> modality -> training images; one modality a site at the least.
+
+    Returns:
+        Site -> weight, in name order; they sum to 1, and a site alone has exactly 1.
+    """
+    totals: dict[str, int] = {}
+    for counts in num_examples.values():
+        for modality, count in counts.items():
+            totals[modality] = totals.get(modality, 0) + count
+    return {
+        site: sum(num_examples[site].get(m, 0) / totals[m] for m in sorted(totals)) / len(totals)
+        for site in sorted(num_examples)
+    }
+
+
+def weighted_mean(groups: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
+    """Mean of named arrays, summed in float64 in the order given; the result is float32.
+
+    One group of weight 1 comes back bit for bit.
+    """
+    mean: Arrays = {}
+    for name in groups[0]:
+        total = np.zeros(groups[0][name].shape, np.float64)
+        for group, weight in zip(groups, weights, strict=True):
+            total += weight * group[name].astype(np.float64)
+        mean[name] = total.astype(np.float32)
+    return mean
+
+
+def rebuild_teacher(teacher: Arrays, student: Arrays, recipe: Recipe, first_step: int) -> Arrays:
+    """Continue the EMA at the server as if the mean student had stood still during the round.
+
+    t <- M t + (1 - M) s, where M is the product of the momenta of the round's steps.
+    """
+    steps = range(first_step, first_step + recipe.federation.local_steps)
+    momentum = float(np.prod([ema_momentum(recipe, step) for step in steps]))
+    return weighted_mean([teacher, student], [momentum, 1 - momentum])
+
+
+def aggregate(
+    recipe: Recipe,
+    state: GlobalState,
+    contributions: Mapping[str, Prototypes],
+    updates: Mapping[str, SiteUpdate],
+    *,
+    round_number: int,
+) -> tuple[GlobalState, dict[str, Prototypes], dict[str, float]]:
+    """Compute the state after a round.
+
+    Args:
+        recipe: The study.
+        state: The global state that the sites were sent.
+        contributions: Site -> the prototypes it last sent, decayed while it is absent.
+        updates: Site -> its admitted update, one at the least; their order changes nothing.
+        round_number: The round, from 1.
+
+    Returns:
+        The new global state, the new contributions, and the weight of each site.
+    """
+    weights = balanced_weights({site: update.num_examples for site, update in updates.items()})
+    ordered = [updates[site] for site in weights]
+    student = weighted_mean([u.student for u in ordered], list(weights.values()))
+    if recipe.federation.teacher == "average":
+        teacher = weighted_mean([u.teacher for u in ordered], list(weights.values()))
+    else:
+        first_step = (round_number - 1) * recipe.federation.local_steps
+        teacher = rebuild_teacher(state.teacher, student, recipe, first_step)
+    kept = {
+        site: decay_prototypes(prototypes, recipe.federation.prototype_decay)
+        for site, prototypes in contributions.items()
+        if site not in updates
+    }
+    kept |= {site: update.prototypes for site, update in updates.items()}
+    kept = {site: kept[site] for site in sorted(kept) if kept[site].counts}
+    most = recipe.federation.prototypes_per_modality
+    merged = merge_prototypes(kept, most, recipe.seed, round_number)
+    return GlobalState(student=student, teacher=teacher, prototypes=merged), kept, weights

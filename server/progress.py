@@ -1,0 +1,83 @@
+"""Progress of a simulation: a bar on a terminal, plain lines elsewhere."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from core.config import Recipe
+from server.history import describe_round
+
+
+@contextmanager
+def shown_progress(console: Console, recipe: Recipe, sites: int, done: int) -> Iterator[None]:
+    """Show what is logged as 'fedmermed' while the block runs.
+
+    Args:
+        console: Where to.
+        recipe: The study, for its rounds and steps.
+        sites: How many sites train.
+        done: Rounds that are done already.
+    """
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"),
+        TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    log = logging.getLogger("fedmermed")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        handler = _Handler(bar, recipe, sites, done)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    """Turns log records into bar and lines."""
+
+    def __init__(self, bar: Progress, recipe: Recipe, sites: int, done: int) -> None:
+        super().__init__(logging.INFO)
+        self._bar = bar
+        self._rounds, self._steps = recipe.federation.rounds, recipe.federation.local_steps
+        self._round_steps = self._steps * sites
+        self._first = self._done = done * self._round_steps
+        self._began = time.monotonic()
+        total = self._rounds * self._round_steps
+        self._task = bar.add_task(f"{recipe.name}", total=total, completed=self._done)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        step = getattr(record, "step", None)
+        line = getattr(record, "line", None)
+        if step is not None:
+            self._step(*step)
+        elif line is not None:
+            self._done = line["round"] * self._round_steps
+            self._bar.update(self._task, completed=self._done)
+            self._say(f"{describe_round(line, self._rounds)}{self._time_left()}")
+        else:
+            colour = "yellow" if record.levelno >= logging.WARNING else "default"
+            self._say(record.getMessage(), colour)
+
+    def _step(self, site: str, round_number: int, step: int, loss: float) -> None:
+        self._done += 1
+        what = f"round {round_number}/{self._rounds} {site} step {step}/{self._steps}"
+        text = f"{what} loss {loss:.3f}"
+        self._bar.update(self._task, completed=self._done, description=text)
+        if step == self._steps and not self._bar.console.is_terminal:
+            self._say(f"{text}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        left = self._rounds * self._round_steps - self._done
+        if left <= 0 or self._done == self._first:
+            return ""
+        seconds = (time.monotonic() - self._began) / (self._done - self._first) * left
+        return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+
+    def _say(self, text: str, style: str = "default") -> None:
+        self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

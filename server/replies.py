@@ -1,0 +1,93 @@
+"""Replies of sites: from Flower's records to admitted updates or outcomes with a reason."""
+
+import logging
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+
+from core.admission import Rejected, admit, printable
+from core.checkpoint import Arrays
+from core.config import Recipe
+from core.wire import GlobalState, SiteUpdate
+from server.history import Line
+
+LOG = logging.getLogger("fedmermed.server")
+
+
+def judge(
+    reply: Message, *, site: str, round_number: int, reference: GlobalState, recipe: Recipe
+) -> tuple[SiteUpdate | None, Line]:
+    """Admit a reply, or say why not.
+
+    Args:
+        reply: What came back for this site.
+        site: Name of the site that was asked.
+        round_number: The round.
+        reference: The global state that the site was sent.
+        recipe: The study.
+
+    Returns:
+        The update if it is admitted, and the outcome for the history.
+    """
+    if reply.has_error():
+        reason = printable(reply.error.reason or "no reason given")
+        LOG.warning("site '%s', round %d: error: %s", site, round_number, reason)
+        return None, {"outcome": "error", "reason": reason}
+    try:
+        arrays, metrics = _read(site, round_number, reply.content)
+        update = admit(
+            arrays, metrics, site=site, round_number=round_number, reference=reference,
+            recipe=recipe,
+        )  # fmt: skip
+    except Rejected as rejected:
+        LOG.warning("%s", rejected)
+        return None, {"outcome": "rejected", "reason": str(rejected)}
+    counts, figures = update.num_examples, update.metrics
+    return update, {"outcome": "admitted", "num_examples": counts, "metrics": figures}
+
+
+def mean_metrics(updates: dict[str, SiteUpdate]) -> dict[str, float]:
+    """Metrics named <metric>/<modality>, averaged over sites by their images of the modality."""
+    sums: dict[str, float] = {}
+    images: dict[str, int] = {}
+    for site in sorted(updates):
+        for name, value in updates[site].metrics.items():
+            count = updates[site].num_examples.get(name.partition("/")[2], 0)
+            if count:
+                sums[name] = sums.get(name, 0.0) + count * value
+                images[name] = images.get(name, 0) + count
+    return {name: sums[name] / images[name] for name in sorted(sums)}
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Arrays as Flower carries them."""
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Bytes of all records of a message."""
+    return sum(record.count_bytes() for record in content.values())
+
+
+def _read(site: str, round_number: int, content: RecordDict) -> tuple[Arrays, dict[str, Any]]:
+    """Take a reply apart.
+
+    Raises:
+        Rejected: it is not one record of arrays and one of numbers, or an array cannot be decoded.
+    """
+    where = f"site '{site}', round {round_number}"
+    names = [*content.array_records, *content.metric_records, *content.config_records]
+    if names != ["arrays", "metrics"] or not content.array_records or not content.metric_records:
+        raise Rejected(
+            f"{where}: the reply is not one 'arrays' and one 'metrics' record; update rejected"
+        )
+    arrays: Arrays = {}
+    for name, array in content.array_records["arrays"].items():
+        try:
+            arrays[name] = array.numpy()
+        except Exception as error:  # whatever hostile bytes make numpy raise
+            raise Rejected(
+                f"{where}: array '{printable(name, 80)}' cannot be decoded "
+                f"({type(error).__name__}); update rejected"
+            ) from None
+    return arrays, dict(content.metric_records["metrics"])

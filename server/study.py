@@ -1,0 +1,52 @@
+"""One study from its run directory: open or resume it, run the rounds that are left."""
+
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from core.config import Recipe
+from core.errors import UserError
+from core.wire import GlobalState
+from server.history import open_run
+from server.replies import to_record
+from server.strategy import FederatedMemory
+
+
+def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 0) -> None:
+    """Run a study to its end; called again on the same directory, it resumes.
+
+    Args:
+        grid: Reaches the sites.
+        recipe: The study.
+        run_dir: Its run directory.
+        expect_sites: The first round waits for so many, if they come in the recipe's time; the
+            quorum is the recipe's all the same.
+
+    Raises:
+        UserError: the directory holds another recipe or is in use, or a round missed its quorum.
+    """
+    run = open_run(run_dir, recipe)
+    with run.locked():
+        try:
+            checkpoint = run.load(lambda: initial_state(recipe))
+            FederatedMemory(recipe, run, checkpoint, expect_sites).start(
+                grid,
+                to_record(checkpoint.state.to_arrays()),
+                num_rounds=recipe.federation.rounds,
+                timeout=recipe.federation.round_timeout_seconds,
+            )
+        except Exception as error:
+            run.fail(str(error) if isinstance(error, UserError) else repr(error))
+            raise
+
+
+def initial_state(recipe: Recipe) -> GlobalState:
+    """The state of round 0, the only thing for which a server needs torch."""
+    try:
+        from core.site_round import initial_state as make
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the initial weights need torch and timm, but '{error.name}' is not installed; "
+            "install fedmermed[site], or put a round-0000.safetensors into the run directory"
+        ) from None
+    return make(recipe)

@@ -1,0 +1,170 @@
+"""The real ClientApp behind the in-process grid: what goes in, what may come out."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from client.app import app
+from core.wire import metric_is_declared
+from server.grid import FIRST_NODE_ID, InProcessGrid
+from server.study import initial_state
+
+STUDY = "ab" * 16
+
+
+def train_message(study_recipe, **changes):
+    state = initial_state(study_recipe)
+    arrays = {name: Array(array) for name, array in state.to_arrays().items()}
+    arrays |= changes.pop("arrays", {})
+    config = {"study": STUDY, "round": 1, "step": 0, "recipe": study_recipe.to_json()} | changes
+    content = {"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)}
+    return Message(RecordDict(content), FIRST_NODE_ID, "train")
+
+
+def ask(site_file, message):
+    grid = InProcessGrid(app, [{"site": str(site_file)}])
+    (reply,) = grid.send_and_receive([message()])
+    return reply
+
+
+def audit(site_file):
+    text = (site_file.parent / "state" / "audit.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_query_is_answered_with_name_and_version_alone(make_sites):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    config = ConfigRecord({"study": STUDY})
+    reply = ask(file, lambda: Message(RecordDict({"config": config}), FIRST_NODE_ID, "query"))
+    assert set(reply.content) == {"info"}
+    assert set(reply.content["info"]) == {"site", "version"}
+    assert reply.content["info"]["site"] == "st-mary"
+    assert [line["direction"] for line in audit(file)] == ["in", "out"]
+
+
+def expected_arrays(recipe, modalities):
+    names = set(initial_state(recipe).student)
+    expected = {f"{group}/{name}" for group in ("student", "teacher") for name in names}
+    for modality in modalities:
+        expected |= {f"prototypes/{modality}", f"prototype_counts/{modality}"}
+    return expected
+
+
+def test_a_reply_holds_exactly_the_declared_keys(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct", "us"]})
+    reply = ask(file, lambda: train_message(recipe))
+    assert set(reply.content) == {"arrays", "metrics"}
+    assert set(reply.content["arrays"]) == expected_arrays(recipe, ["ct", "us"])
+    metrics = reply.content["metrics"]
+    assert all(metric_is_declared(name) for name in metrics)
+    assert {n for n in metrics if n.startswith("num_examples/")} == {
+        "num_examples/ct", "num_examples/us",
+    }  # fmt: skip
+    assert {"loss/ct", "knn_auroc/us", "seconds_train"} <= set(metrics)
+
+
+def test_a_policy_that_sends_less_sends_exactly_that(make_sites, make_recipe):
+    recipe = make_recipe(teacher="rebuild")
+    policy = "send_metrics = false\nsend_prototypes = false\n"
+    (file,) = make_sites({"st-mary": ["ct"]}, policy=policy)
+    reply = ask(file, lambda: train_message(recipe))
+    names = {f"student/{name}" for name in initial_state(recipe).student}
+    assert set(reply.content["arrays"]) == names
+    assert set(reply.content["metrics"]) == {"num_examples/ct"}
+
+
+def test_the_same_round_asked_twice_is_trained_once(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    first, again = (ask(file, lambda: train_message(recipe)) for _ in range(2))
+    for name, array in first.content["arrays"].items():
+        assert again.content["arrays"][name].numpy().tobytes() == array.numpy().tobytes()
+    # Equal timings show that nothing ran again.
+    assert dict(first.content["metrics"]) == dict(again.content["metrics"])
+    decisions = [line["decision"] for line in audit(file) if line["direction"] == "out"]
+    assert decisions == ["trained and sent", "stored reply sent again"]
+
+
+BAD_REQUESTS = {
+    "step": ({"step": 5}, "round 1 starts at step 0 of the recipe, not at 5"),
+    "round": ({"round": 3, "step": 4}, "round 3 is not one of the recipe's rounds 1 to 2"),
+    "study": ({"study": "../.."}, "the study's id is not 8 to 64 hexadecimal digits"),
+    "type": ({"round": "1"}, "'round' in the message is not of type int"),
+    "key": ({"data_dir": "/etc"}, "does not hold exactly what a train message should"),
+    "recipe": ({"recipe": '{"sed": 1}'}, "unknown key 'sed'"),
+    "array": ({"arrays": {"x": Array(np.ones(1))}}, "an array that is not on the list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_a_bad_request_is_refused_in_plain_words_and_audited(case, make_sites, recipe):
+    changes, words = BAD_REQUESTS[case]
+    (file,) = make_sites({"st-mary": ["ct"]})
+    reply = ask(file, lambda: train_message(recipe, **changes))
+    assert reply.has_error()
+    assert words in reply.error.reason
+    assert words in json.dumps(audit(file))
+    assert not list((file.parent / "state").glob("**/round-*"))
+
+
+def test_weights_that_do_not_fit_leave_no_trace_in_the_state(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    name = "student/" + next(iter(initial_state(recipe).student))
+    reply = ask(file, lambda: train_message(recipe, arrays={name: Array(np.ones(7))}))
+    assert reply.has_error()
+    assert not list((file.parent / "state").glob("**/round-*"))
+
+
+def break_shard(file):
+    (file.parent / "data" / "ct" / "table.csv").write_text("secret,patient\n")
+
+
+def break_site_file(file):
+    file.write_text("nonsense = [")
+
+
+def remove_data(file):
+    (file.parent / "data").rename(file.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("damage", [break_shard, break_site_file, remove_data])
+def test_no_failure_tells_a_path_or_a_traceback(damage, make_sites, recipe, caplog):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    damage(file)
+    reply = ask(file, lambda: train_message(recipe))
+    assert reply.error.reason == "the site could not do this (UserError); its log says why"
+    assert str(file.parent) in caplog.text  # the operator is told
+    if (file.parent / "state").exists():
+        assert str(file.parent) not in json.dumps(audit(file))
+
+
+def test_the_audit_file_names_no_patient_and_no_path(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    ask(file, lambda: train_message(recipe))
+    text = json.dumps(audit(file))
+    assert str(file.parent) not in text
+    assert not re.search(r"patient|\.npy|\.png", text)
+    incoming, outgoing = audit(file)
+    assert incoming["bytes"] > 0
+    assert set(outgoing["arrays"]) == expected_arrays(recipe, ["ct"])
+    assert re.fullmatch("[0-9a-f]{64}", outgoing["sha256"])
+
+
+def test_a_gpu_that_is_not_there_is_an_error_of_the_site(make_sites, recipe, monkeypatch):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    file.write_text(file.read_text().replace("device = 'cpu'", "device = 'cuda:63'"))
+    reply = ask(file, lambda: train_message(recipe))
+    assert "could not do this (UserError)" in reply.error.reason
+
+
+def test_ray_nodes_find_their_site_file_by_number(make_sites, monkeypatch):
+    files = make_sites({"b": ["ct"], "a": ["us"]})
+    monkeypatch.setenv("FEDMERMED_SITES_DIR", str(files[0].parent.parent))
+    grid = InProcessGrid(app, [{"partition-id": 0}, {"partition-id": 1}])
+    config = ConfigRecord({"study": STUDY})
+    replies = grid.send_and_receive(
+        [Message(RecordDict({"config": config}), FIRST_NODE_ID + i, "query") for i in range(2)]
+    )
+    assert [reply.content["info"]["site"] for reply in replies] == ["a", "b"]

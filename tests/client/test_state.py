@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from client.site import Refusal
+from client.state import open_state
+from core.wire import Prototypes, SiteUpdate
+
+
+def update(value):
+    return SiteUpdate(
+        student={"w": np.full(3, value, np.float32)},
+        teacher={"w": np.full(3, -value, np.float32)},
+        prototypes=Prototypes({"ct": np.eye(2, dtype=np.float32)}, {"ct": np.full(2, 12.0)}),
+        num_examples={"ct": 20},
+        metrics={"loss/ct": 0.1 + value},
+    )
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A site that has trained rounds 1 and 2."""
+    state = open_state(tmp_path, "ab" * 16)
+    with state.locked():
+        for number in (1, 2):
+            state.commit(number, f"digest-{number}", update(number), {"m": np.full(2, number)})
+    return state
+
+
+def test_a_stored_reply_comes_back_as_it_was(state):
+    stored = state.stored_reply(2, "digest-2")
+    assert stored.to_metrics() == update(2).to_metrics()
+    for name, array in update(2).to_arrays().items():
+        assert stored.to_arrays()[name].tobytes() == array.tobytes()
+
+
+def test_only_the_last_round_is_kept(state):
+    assert [path.name for path in state.directory.glob("round-*")] == ["round-0002"]
+    assert state.private()["m"].tolist() == [2, 2]
+
+
+def test_a_new_round_has_no_reply_yet(state):
+    assert state.stored_reply(3, "digest-3") is None
+    assert state.stored_reply(9, "digest-9") is None  # a site may have been absent for rounds
+
+
+def test_the_same_round_with_other_weights_is_refused(state):
+    with pytest.raises(Refusal, match="round 2 was asked for again with other weights"):
+        state.stored_reply(2, "digest-x")
+
+
+def test_an_older_round_is_refused(state):
+    with pytest.raises(Refusal, match="already at round 2 of this study; a site does not go back"):
+        state.stored_reply(1, "digest-1")
+
+
+def test_studies_do_not_see_each_other(state, tmp_path):
+    other = open_state(tmp_path, "cd" * 16)
+    assert other.last_round() == 0
+    assert other.private() == {}
+
+
+@pytest.mark.parametrize("study", ["", "..", "../../x", "ABCDEF0123", "ab" * 40, "abababab\n"])
+def test_a_study_id_that_is_no_plain_name_is_refused(tmp_path, study):
+    with pytest.raises(Refusal, match="hexadecimal"):
+        open_state(tmp_path, study)
+
+
+def test_killed_at_any_file_operation_the_state_can_be_loaded(state, kill_points):
+    """Round 3's commit is killed before its 1st, 2nd, ... operation on the disk."""
+
+    def commit():
+        state.commit(3, "digest-3", update(3), {"m": np.full(2, 3)})
+
+    rounds = []
+    for _ in kill_points(commit):
+        last = state.last_round()
+        assert state.stored_reply(last, f"digest-{last}").student["w"].tolist() == [last] * 3
+        assert state.private()["m"].tolist() == [last, last]
+        rounds.append(last)
+    assert rounds[0] == 2
+    assert rounds[-1] == 3
+    assert rounds == sorted(rounds)
+    assert [path.name for path in state.directory.glob("round-*")] == ["round-0003"]
