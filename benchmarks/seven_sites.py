@@ -51,7 +51,8 @@ from core.evaluate import (
 )
 from core.export import load_model
 from core.modalities import MODALITIES, TITLES
-from core.shards import Shard, open_sites, write_shard
+from core.shards import Shard, write_shard
+from core.sites import open_sites
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "seven_sites.toml"

@@ -8,7 +8,7 @@ from client.site import Refusal, SiteConfig, approve
 from client.state import open_state
 from core.checkpoint import Arrays, sha256_arrays
 from core.config import Recipe
-from core.shards import open_site
+from core.sites import open_site
 from core.wire import (
     COUNTS,
     PROTOTYPES,

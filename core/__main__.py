@@ -63,8 +63,8 @@ def _run(
     from core.checkpoint import sha256_file, write_json
     from core.evaluate import check_task, labelled_tasks, mean_over_modalities
     from core.export import load_model
-    from core.shards import open_sites
     from core.site_round import resolve_device
+    from core.sites import open_sites
 
     device = resolve_device(device)
     tasks = labelled_tasks([shard for shards in open_sites(data).values() for shard in shards])

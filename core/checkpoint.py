@@ -73,7 +73,7 @@ def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = No
 
     Arrays are stored in sorted order, so equal contents give equal files.
     """
-    ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
     data = _with_sorted_metadata(save(ordered, metadata))
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
@@ -117,7 +117,7 @@ def sha256_arrays(arrays: Arrays) -> str:
     """A digest of names, types, shapes and bytes of a set of arrays, whatever their order."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

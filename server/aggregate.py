@@ -1,6 +1,7 @@
 """Aggregation: from admitted updates to the next global state, in numpy and in a fixed order."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -40,10 +41,8 @@ def weighted_mean(groups: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
     """
     mean: Arrays = {}
     for name in groups[0]:
-        total = np.zeros(groups[0][name].shape, np.float64)
-        for group, weight in zip(groups, weights, strict=True):
-            total += weight * group[name].astype(np.float64)
-        mean[name] = total.astype(np.float32)
+        terms = (w * g[name].astype(np.float64) for g, w in zip(groups, weights, strict=True))
+        mean[name] = np.asarray(reduce(np.add, terms), np.float32)  # from 0 would lose a minus zero
     return mean
 
 

@@ -13,7 +13,8 @@ from core.config import Recipe, load_recipe
 from core.errors import UserError
 from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
-from core.shards import Shard, open_sites, write_shard
+from core.shards import Shard, write_shard
+from core.sites import open_sites
 from server.engines import ENGINES, EngineName
 from server.history import open_run, read_history
 from server.progress import shown_progress

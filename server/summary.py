@@ -12,7 +12,7 @@ from core.checkpoint import load_arrays, read_json, write_json
 from core.config import Recipe
 from core.errors import UserError
 from core.modalities import TITLES
-from core.shards import open_site
+from core.sites import open_site
 from core.wire import GlobalState
 from server.history import Line, read_history, read_recipe
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from client.__main__ import main
 from core.modalities import MODALITIES
-from core.shards import open_shard, open_sites
+from core.shards import open_shard
+from core.sites import open_sites
 
 Run = Callable[..., tuple[int, str, str]]
 

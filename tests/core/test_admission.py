@@ -120,7 +120,7 @@ def test_an_update_at_the_limit_is_admitted_and_one_beyond_is_not(good, referenc
         if admitted:
             judge(arrays, good[1], reference, recipe)
         else:
-            with pytest.raises(Rejected, match="student moved by 43.6, more than 10 times"):
+            with pytest.raises(Rejected, match=r"student moved by 43.6, more than 10 times"):
                 judge(arrays, good[1], reference, recipe)
 
 
