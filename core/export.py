@@ -11,6 +11,7 @@ from core.backbone import create_backbone, use_plain_attention
 from core.checkpoint import load_arrays, read_json, save_arrays
 from core.config import ModelConfig, Recipe, load_recipe, recipe_from_json
 from core.errors import UserError
+from core.initial import initial_state
 from core.modalities import MEAN_STD
 from core.wire import GlobalState
 
@@ -102,8 +103,6 @@ def load_model(path: Path, device: str = "cpu") -> Model:
 
 
 def _from_recipe(recipe: Recipe, device: str) -> Model:
-    from core.site_round import initial_state  # here: site_round stands on more than export needs
-
     backbone = create_backbone(recipe.model, recipe.views.global_px)
     teacher = initial_state(recipe).teacher
     weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}

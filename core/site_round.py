@@ -6,23 +6,20 @@ arrays, so that every round may run in a fresh process and an interrupted one le
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from core.backbone import Network, initialise
-from core.checkpoint import Arrays, load_arrays
+from core.checkpoint import Arrays
 from core.collapse import mean_cosine, rankme
 from core.config import Recipe
 from core.errors import UserError
 from core.evaluate import auroc, extract, knn_scores, labelled_tasks
 from core.modalities import MODALITIES
 from core.prototypes import site_prototypes
-from core.randomness import numpy_generator, torch_generator
+from core.randomness import numpy_generator
 from core.sampling import batch_share, draw
 from core.shards import Shard
 from core.train import (
@@ -39,20 +36,6 @@ from core.train import (
     train,
 )
 from core.wire import GlobalState, Prototypes, SiteUpdate
-
-
-def initial_state(recipe: Recipe) -> GlobalState:
-    """The state before round 1: drawn from the recipe's seed, or read from `model.init_file`.
-
-    Raises:
-        UserError: the init file does not fit the backbone.
-    """
-    network = Network(recipe.model, recipe.views.global_px)
-    initialise(network, torch_generator(recipe.seed, "initial"))
-    if recipe.model.init_file:
-        _load_pretrained(network, Path(recipe.model.init_file))
-    arrays = network_arrays(network)
-    return GlobalState(student=arrays, teacher={name: a.copy() for name, a in arrays.items()})
 
 
 def site_round(
@@ -239,27 +222,3 @@ def _refill(recipe: Recipe, state: TrainState, data: SiteData, site: str) -> Non
             part = data.batch(modality, indices[start : start + batch])
             embeddings = embed_global(state, part, recipe, site, state.step, number)
             state.bank.write(modality, embeddings, part.patients)
-
-
-def _load_pretrained(network: Network, path: Path) -> None:
-    """Copy a timm backbone's weights in; position embeddings are resampled to our grid."""
-    arrays, _ = load_arrays(path)
-    own = network.backbone.state_dict()
-    weights = {name: torch.from_numpy(array) for name, array in arrays.items() if name in own}
-    position = weights.get("pos_embed")
-    if position is not None and position.shape != own["pos_embed"].shape:
-        from timm.layers.pos_embed import resample_abs_pos_embed
-
-        prefix = cast(int, network.backbone.num_prefix_tokens)
-        side = int((own["pos_embed"].shape[1] - prefix) ** 0.5)
-        weights["pos_embed"] = resample_abs_pos_embed(
-            position, [side, side], num_prefix_tokens=prefix
-        )
-    wrong = sorted(n for n in own if n not in weights or weights[n].shape != own[n].shape)
-    if wrong:
-        raise UserError(
-            f"model.init_file '{path}' does not fit the backbone: {len(wrong)} of {len(own)} "
-            f"weights are missing or of another shape, first '{wrong[0]}'; give the file of the "
-            "same timm model"
-        )
-    network.backbone.load_state_dict(weights)

@@ -43,7 +43,7 @@ def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 
 def initial_state(recipe: Recipe) -> GlobalState:
     """The state of round 0, the only thing for which a server needs torch."""
     try:
-        from core.site_round import initial_state as make
+        from core.initial import initial_state as make
     except ModuleNotFoundError as error:
         raise UserError(
             f"the initial weights need torch and timm, but '{error.name}' is not installed; "

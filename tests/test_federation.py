@@ -13,7 +13,8 @@ import pytest
 
 from core.checkpoint import sha256_file
 from core.errors import UserError
-from core.site_round import initial_state, site_round
+from core.initial import initial_state
+from core.site_round import site_round
 from core.sites import open_site
 from server.engines import ENGINES, EngineName, run_in_process
 from server.history import open_run, read_history

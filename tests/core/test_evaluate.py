@@ -24,9 +24,9 @@ from core.evaluate import (
     probe_scores,
 )
 from core.export import export_teacher, load_model
+from core.initial import initial_state
 from core.phantoms import make_phantoms
 from core.shards import Shard, write_shard
-from core.site_round import initial_state
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 RECIPE = Recipe.model_validate_json(

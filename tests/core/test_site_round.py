@@ -9,8 +9,9 @@ from core.checkpoint import load_arrays
 from core.config import Recipe
 from core.errors import UserError
 from core.export import export_teacher
+from core.initial import initial_state
 from core.phantoms import make_phantoms
-from core.site_round import SiteData, initial_state, num_examples, resolve_device, site_round
+from core.site_round import SiteData, num_examples, resolve_device, site_round
 from core.wire import GlobalState, metric_is_declared
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
