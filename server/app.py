@@ -20,5 +20,8 @@ def main(grid: Grid, context: Context) -> None:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
     config = context.run_config
-    recipe = read_recipe(Path(str(config["recipe"])))
+    file = Path(str(config["recipe"]))
+    if not file.exists():  # the working directory is Flower's; configs/ travels in the bundle
+        file = Path(__file__).resolve().parents[1] / file
+    recipe = read_recipe(file)
     run_study(grid, recipe, Path(str(config["run-dir"])), expect_sites=int(config.get("sites", 0)))
