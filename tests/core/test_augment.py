@@ -46,7 +46,7 @@ def test_the_same_generator_gives_the_same_bits_and_another_does_not() -> None:
     assert not torch.equal(first, other)
 
 
-def test_without_augmentation_a_square_crop_is_the_image_itself() -> None:
+def test_a_crop_of_the_whole_area_resembles_the_image() -> None:
     config = still(global_area=(1.0, 1.0))
     # The aspect is drawn in 3/4..4/3: a whole-area crop loses up to 14 % of one side.
     view = views_of(images(), config).global_VBCHW[0]
