@@ -23,6 +23,7 @@ Adds to benchmarks/seven_sites.json and prints the tables in Markdown.
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -39,7 +40,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.checkpoint import read_json, sha256_file, write_json
+from core.checkpoint import read_json, write_json
+from core.config import load_recipe
 from core.evaluate import (
     Features,
     Task,
@@ -254,7 +256,8 @@ def main() -> None:
     run_all(
         [c for s in seeds for arm in trained for c in commands(out, arm, s, sites)], arguments.jobs
     )
-    facts: dict[str, Any] = {"recipe_sha256": sha256_file(RECIPE), "torch": torch.__version__}
+    recipe = hashlib.sha256(load_recipe(RECIPE).to_json().encode()).hexdigest()
+    facts: dict[str, Any] = {"recipe_sha256": recipe, "torch": torch.__version__}
     results: dict[str, dict[str, Any]] = {}
     if (
         RESULTS.exists()
@@ -265,7 +268,10 @@ def main() -> None:
         for seed in seeds if arm != "pixels" else seeds[:1]:
             results.setdefault(arm, {})[str(seed)] = measure(arm, out, seed)
             write_json(RESULTS, facts | {"results": results})
-    for chosen in (ARMS, ("federation", *CHOICES)):
+    tables: list[Sequence[str]] = [ARMS]
+    if any(arm in results for arm in CHOICES):
+        tables.append(("federation", *CHOICES))
+    for chosen in tables:
         for key in ("probe_auroc", "knn_accuracy"):
             print(f"\n{key}\n\n{table(results, chosen, key)}", flush=True)
 
