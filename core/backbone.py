@@ -25,8 +25,12 @@ class ProjectionHead(nn.Module):
         )  # fmt: skip
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features [B, d] to unit embeddings [B, D]."""
-        return nn.functional.normalize(self.layers(features).float(), dim=-1, eps=1e-6)
+        """Map features [B, d] to unit embeddings [B, D], in float32 also under autocast.
+
+        Embeddings of one modality may differ by less than bfloat16 can tell apart.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.normalize(self.layers(features.float()), dim=-1, eps=1e-6)
 
 
 class Network(nn.Module):

@@ -1,4 +1,4 @@
-"""The two losses: semantic consistency against the memory, and KoLeo.
+"""The two losses, semantic consistency against the memory and KoLeo, and their centre.
 
 Sources: MaSSL (Silva et al., ICML 2024) and MerMED-FM (arXiv 2507.00185) for the consistency,
 DINOv2 (arXiv 2304.07193) for KoLeo on the embeddings of a batch.
@@ -13,6 +13,17 @@ from torch import Tensor
 def random_blocks(entries: int, blocks: int, generator: torch.Generator) -> list[Tensor]:
     """Cut the indices of the memory's entries into `blocks` random parts of (nearly) one size."""
     return list(torch.randperm(entries, generator=generator).tensor_split(blocks))
+
+
+def centre(embeddings: Tensor, mean: Tensor) -> Tensor:
+    """Unit vectors [..., D] of the embeddings' difference from the memory's mean [D].
+
+    A young network gives all images of a modality almost the same embedding. What they share says
+    nothing of an image and would fill every similarity; without it they differ from the first step,
+    and the views need not be driven apart along whatever varies most, which is the augmentation.
+    The mean is the memory's, not the batch's: no image is compared with its batch.
+    """
+    return torch.nn.functional.normalize(embeddings - mean, dim=-1, eps=1e-6)
 
 
 def consistency_loss(

@@ -45,6 +45,11 @@ class MemoryBank:
         held = self.patients[modality] != NO_PATIENT
         return self.embeddings[modality].cpu()[held], self.patients[modality][held]
 
+    def mean(self, modality: int) -> Tensor:
+        """Mean [D] of the slots of a modality that hold a real image; zeros while none does."""
+        held = (self.patients[modality] != NO_PATIENT).to(self.embeddings.device)
+        return self.embeddings[modality][held].sum(0) / held.sum().clamp(min=1)
+
     def to_arrays(self) -> Arrays:
         """Everything needed to go on, as arrays."""
         return {

@@ -104,7 +104,8 @@ def site_round(
         embeddings, patients = state.bank.written(modality)
         if len(embeddings) > 1:
             metrics[f"mean_cosine/{name}"] = mean_cosine(embeddings)
-            metrics[f"rankme/{name}"] = rankme(embeddings)
+            spread = embeddings - state.bank.mean(modality).cpu()
+            metrics[f"rankme/{name}"] = rankme(spread if recipe.memory.centred else embeddings)
         centroids, counts = site_prototypes(
             embeddings.numpy(),
             patients.numpy(),

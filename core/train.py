@@ -12,7 +12,7 @@ from core.augment import Views, make_views
 from core.backbone import Network, use_plain_attention
 from core.checkpoint import Arrays
 from core.config import Recipe
-from core.losses import consistency_loss, koleo_loss, random_blocks
+from core.losses import centre, consistency_loss, koleo_loss, random_blocks
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
 from core.randomness import torch_generator
@@ -129,9 +129,13 @@ def train(
             views = make_views(_to(batch.images, device), name, recipe.views, draws)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 teacher, student = _embed(state, views)  # [2, B, D], [V, B, D]
+            writes.append((batch, teacher[1]))
             memory = state.bank.embeddings[batch.modality]
             if (slots := state.extra_slots.get(batch.modality)) is not None:
                 memory = torch.cat([memory, slots])
+            if recipe.memory.centred:
+                mean = state.bank.mean(batch.modality)
+                student, teacher, memory = (centre(e, mean) for e in (student, teacher, memory))
             blocks = random_blocks(len(memory), recipe.memory.blocks, draws)
             consistency, entropy = consistency_loss(
                 student, teacher, memory, blocks, loss_config.student_temperature, temperature
@@ -143,7 +147,6 @@ def train(
             )
             share = len(batch.images) / sum(len(b.images) for b in current)
             total = total + share * (consistency + loss_config.koleo_weight * koleo)
-            writes.append((batch, teacher[1]))
             for key, value in (
                 ("loss", consistency),
                 ("koleo", koleo),
