@@ -1,7 +1,7 @@
 """Collapse: how it is measured and when to say so.
 
 Signature (DINO and MaSSL practice): the loss and the teacher's entropy approach ln(entries of a
-block), the embeddings all point one way (mean cosine to 1), and their effective rank falls.
+block), the embeddings all point one way (mean cosine to 1), and their effective rank falls to 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ if TYPE_CHECKING:  # the server raises the alarm without torch
 LOSS_SHARE = 0.99
 """Loss and entropy above this share of their ceiling look like those of a constant output."""
 COSINE_LIMIT = 0.98
+POINT_COSINE = 1 - 1e-5
+"""Above it embeddings differ by less than a two-hundredth of their length."""
 RANK_LIMIT = 1.5
+
+
+def spread(embeddings: Tensor, *, centred: bool) -> dict[str, float]:
+    """Mean cosine and effective rank of a ring's unit embeddings [N, D], by metric name.
+
+    Where the loss compares differences from the mean, rank is that of the differences; the cosine
+    may then come near 1 without harm, as long as float32 can tell the embeddings apart.
+    """
+    about = embeddings - embeddings.mean(0) if centred else embeddings
+    return {"mean_cosine": mean_cosine(embeddings), "rankme": rankme(about)}
 
 
 def mean_cosine(embeddings: Tensor) -> float:
@@ -54,10 +66,10 @@ def alarm(metrics: dict[str, float], modality: str) -> str | None:
             f"point one way (mean cosine {figure('mean_cosine'):.3f}); stop, then raise "
             "loss.koleo_weight or lower loss.teacher_temperature"
         )
-    if figure("mean_cosine") > 1 - 1e-4 or figure("rankme") < RANK_LIMIT:
+    if figure("mean_cosine") > POINT_COSINE or figure("rankme") < RANK_LIMIT:
         return (
             f"{modality}: collapse: embeddings are one point or one line (mean cosine "
-            f"{figure('mean_cosine'):.4f}, RankMe {figure('rankme'):.2f}); stop, then raise "
+            f"{figure('mean_cosine'):.7f}, RankMe {figure('rankme'):.2f}); stop, then raise "
             "loss.koleo_weight"
         )
     return None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from core.checkpoint import Arrays
-from core.collapse import mean_cosine, rankme
+from core.collapse import spread
 from core.config import Recipe
 from core.errors import UserError
 from core.evaluate import auroc, extract, knn_scores, labelled_tasks
@@ -103,9 +103,8 @@ def site_round(
         metrics[f"loss_ceiling/{name}"] = loss_ceiling(entries, recipe.memory.blocks)
         embeddings, patients = state.bank.written(modality)
         if len(embeddings) > 1:
-            metrics[f"mean_cosine/{name}"] = mean_cosine(embeddings)
-            spread = embeddings - state.bank.mean(modality).cpu()
-            metrics[f"rankme/{name}"] = rankme(spread if recipe.memory.centred else embeddings)
+            figures = spread(embeddings, centred=recipe.memory.centred)
+            metrics |= {f"{figure}/{name}": value for figure, value in figures.items()}
         centroids, counts = site_prototypes(
             embeddings.numpy(),
             patients.numpy(),

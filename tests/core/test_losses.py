@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from core.losses import consistency_loss, koleo_loss, random_blocks
+from core.losses import centre, consistency_loss, koleo_loss, random_blocks
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -119,3 +119,11 @@ def test_koleo_stays_finite_for_equal_embeddings() -> None:
     points = unit(1, 8).expand(6, 8).clone().requires_grad_()
     koleo_loss(points).backward()
     assert torch.isfinite(points.grad).all()
+
+
+def test_centred_embeddings_are_unit_vectors_without_what_all_share() -> None:
+    embeddings, shared = unit(5, 8), unit(1, 8, seed=1)[0]
+    moved = centre(embeddings + shared, embeddings.mean(0) + shared)
+    assert torch.allclose(moved, centre(embeddings, embeddings.mean(0)), atol=1e-5)
+    assert torch.allclose(moved.norm(dim=-1), torch.ones(5))
+    assert torch.isfinite(centre(embeddings, embeddings[0])).all()

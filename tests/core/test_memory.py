@@ -47,3 +47,10 @@ def test_a_restored_bank_goes_on_where_it_stopped() -> None:
         other.write(0, rows(7, 8), torch.tensor([7, 8]))
     assert torch.equal(memory.embeddings, restored.embeddings)
     assert torch.equal(memory.patients, restored.patients)
+
+
+def test_the_mean_counts_only_slots_that_hold_an_image() -> None:
+    memory = bank()
+    assert memory.mean(1).tolist() == [0, 0]
+    memory.write(1, rows(1, 4), torch.tensor([1, 2]))
+    assert memory.mean(1).tolist() == [2.5, 0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from core.backbone import initialise
-from core.collapse import alarm, mean_cosine, rankme
+from core.collapse import alarm, mean_cosine, rankme, spread
 from core.config import Recipe
 from core.train import (
     Batch,
@@ -61,16 +61,25 @@ def run(config: Recipe, steps: int, batch=blobs):
     state = started(config)
     metrics = train(state, lambda step: [batch(step)], config, steps, site="site")
     embeddings, _ = state.bank.written(2)
-    metrics["mean_cosine/us"], metrics["rankme/us"] = mean_cosine(embeddings), rankme(embeddings)
+    figures = spread(embeddings, centred=config.memory.centred)
+    metrics |= {f"{name}/us": value for name, value in figures.items()}
     metrics["loss_ceiling/us"] = math.log(config.memory.entries_per_modality)
     return state, metrics
 
 
-def test_a_healthy_run_raises_no_alarm_and_a_forced_collapse_does() -> None:
-    _, healthy = run(recipe(), 60)
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_healthy_run_raises_no_alarm_and_a_forced_collapse_does(centred: bool) -> None:
+    memory = {"entries_per_modality": 32, "centred": centred}
+    _, healthy = run(recipe(memory=memory), 60)
     assert alarm(healthy, "us") is None
-    # One image over and over, no KoLeo, a flat target: the constant output is the solution.
-    constant = recipe(loss={"koleo_weight": 0.0, "teacher_temperature": (0.1, 0.1)})
+    # No KoLeo, a flat target and one image over and over: the constant output is the solution.
+    # Views of that image still differ from their mean, so for the centred loss they are all alike.
+    still = {"rotation_degrees": 0.0, "jitter_probability": 0.0} if centred else {}
+    constant = recipe(
+        memory=memory,
+        loss={"koleo_weight": 0.0, "teacher_temperature": (0.1, 0.1)},
+        views={"global_px": 16, "local_px": 8, "local_views": 2, **still},
+    )
     same = Batch(2, torch.full((16, 1, 16, 16), 90, dtype=torch.uint8), torch.arange(16))
     _, collapsed = run(constant, 60, lambda step: same)
     message = alarm(collapsed, "us")
@@ -81,6 +90,25 @@ def test_a_healthy_run_raises_no_alarm_and_a_forced_collapse_does() -> None:
 
 def test_figures_that_a_site_did_not_send_raise_no_alarm() -> None:
     assert alarm({}, "ct") is None
+
+
+def test_what_all_embeddings_share_does_not_reach_the_centred_loss() -> None:
+    config = recipe()
+    moved = started(config)
+    with torch.no_grad():  # before the normalisation to unit length: a far common point
+        for network in (moved.student, moved.teacher):
+            network.head.layers[-1].bias += 30 * torch.ones(16)
+    apart, together = (
+        train(state, lambda step: [blobs(step)], config, 3, site="site")
+        for state in (started(config), moved)
+    )
+    flat = recipe(memory={"entries_per_modality": 32, "centred": False})
+    raw = started(flat)
+    raw.student.load_state_dict(moved.student.state_dict())
+    raw.teacher.load_state_dict(moved.teacher.state_dict())
+    blind = train(raw, lambda step: [blobs(step)], flat, 3, site="site")
+    assert together["teacher_entropy/us"] == pytest.approx(apart["teacher_entropy/us"], rel=0.3)
+    assert blind["teacher_entropy/us"] > 2 * together["teacher_entropy/us"]
 
 
 def test_training_is_the_same_bits_twice_and_learns_something() -> None:
