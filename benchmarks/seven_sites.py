@@ -32,7 +32,8 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -226,6 +227,17 @@ def measure(arm: str, out: Path, seed: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+def measured(arm: str, out: Path, seed: int) -> dict[str, dict[str, float]]:
+    """As `measure`, kept on disk, so that a stopped comparison goes on."""
+    path = out / "measured" / f"{arm}-{seed}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        torch.set_num_threads(1)
+        write_json(path, measure(arm, out, seed))
+    rows: dict[str, dict[str, float]] = read_json(path)
+    return rows
+
+
 def table(results: dict[str, dict[str, Any]], arms: Sequence[str], key: str) -> str:
     """Markdown: a row a modality, a column an arm, mean over seeds and largest distance from it."""
     arms = [arm for arm in arms if arm in results]
@@ -264,9 +276,12 @@ def main() -> None:
         and (before := read_json(RESULTS))["recipe_sha256"] == facts["recipe_sha256"]
     ):
         results = before["results"]
-    for arm in arms:
-        for seed in seeds if arm != "pixels" else seeds[:1]:
-            results.setdefault(arm, {})[str(seed)] = measure(arm, out, seed)
+    pairs = [(arm, seed) for arm in arms for seed in (seeds if arm != "pixels" else seeds[:1])]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        rows = pool.map(measured, *zip(*[(arm, out, seed) for arm, seed in pairs], strict=True))
+        for (arm, seed), row in zip(pairs, rows, strict=True):
+            results.setdefault(arm, {})[str(seed)] = row
             write_json(RESULTS, facts | {"results": results})
     tables: list[Sequence[str]] = [ARMS]
     if any(arm in results for arm in CHOICES):

@@ -1,6 +1,8 @@
 """`fedmermed-eval`: measure a model on labelled images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,10 @@ from core.errors import UserError
 
 app = new_app("Measure a model on labelled images.")
 
+MODEL_HELP = (
+    "Exported model, run directory, round file, recipe (random init), Hugging Face directory, or "
+    "TIMM_NAME[@PX]:WEIGHTS with a local weight file."
+)
 ModelPath = Annotated[
     Path, typer.Argument(help="Exported model, run directory, round file, or recipe (random init).")
 ]
@@ -51,6 +57,122 @@ def probe(
         "linear probe", model, data, json, device,
         lambda *arguments: evaluate_probe(*arguments, last_blocks=last_blocks),
     )  # fmt: skip
+
+
+@app.command()
+def run(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    data: Annotated[
+        str,
+        typer.Option(help="Directory of shards or npz files; medmnist or medmnist-64: official."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the report; made if missing.")],
+    fractions: Annotated[
+        str, typer.Option(help="Label fractions in percent, comma-separated.")
+    ] = "1,10,30,50,100",
+    seeds: Annotated[int, typer.Option(min=1, help="Label subsets drawn at each fraction.")] = 3,
+    draws: Annotated[int, typer.Option(min=100, help="Of patients, for the intervals.")] = 1000,
+    last_blocks: Annotated[int, typer.Option(min=1, help="Blocks whose tokens it sees.")] = 3,
+    fine_tune: Annotated[bool, typer.Option(help="Also fine-tune in full (slow).")] = False,
+    baselines: Annotated[
+        bool, typer.Option(help="Also measure random weights, pixels and hand-made features.")
+    ] = True,
+    stability: Annotated[
+        bool, typer.Option(help="Also perturb the test images and vary other choices.")
+    ] = True,
+    subgroups: Annotated[
+        Path | None, typer.Option(help="CSV shard,index,COLUMN...: AUROC by its values.")
+    ] = None,
+    report_leaks: Annotated[
+        bool, typer.Option(help="Go on where train and test overlap, and say so.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Measure models against baselines, with intervals, and write a report to look at."""
+    with _needs_extra():
+        from core.evaluation.command import make_report, percents
+        from core.evaluation.run import Settings
+
+    settings = Settings(
+        fractions=percents(fractions), seeds=tuple(range(seeds)), bootstrap_draws=draws,
+        last_blocks=last_blocks, fine_tune=fine_tune, baselines=baselines, stability=stability,
+        report_leaks=report_leaks,
+    )  # fmt: skip
+    make_report(models, data, out, settings, subgroups=subgroups, device=device)
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(help="File to write (.npz or .parquet).")],
+    data: DataPath,
+    last_blocks: Annotated[int, typer.Option(min=1, help="Blocks whose tokens to write.")] = 1,
+    patients: Annotated[bool, typer.Option(help="Also write each image's patient number.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Write an embedding of every image; a stopped run goes on where it was."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from core.evaluation.embed import embed as write
+    from core.evaluation.models import open_model
+    from core.site_round import resolve_device
+    from core.sites import open_sites
+
+    loaded, sites = open_model(model, resolve_device(device)), open_sites(data)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
+        bar = bars.add_task("images", total=None)
+        rows = write(
+            loaded, sites, out, last_blocks=last_blocks, patients=patients,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    typer.echo(f"{out}: {rows:,} embeddings")
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    ONNX = "onnx"
+    HUGGING_FACE = "huggingface"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(help="File (onnx) or directory (huggingface) to write.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="ONNX file, or a directory as Hugging Face lays it out.")
+    ],
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of a run, for the model card.")
+    ] = None,
+) -> None:
+    """Write a model in a form that other programs read, checked to give the same features."""
+    from core.checkpoint import read_json
+    from core.evaluation.card import model_card
+    from core.evaluation.exports import export_hugging_face, export_onnx
+    from core.evaluation.models import open_model
+
+    loaded = open_model(model)
+    if format is ExportFormat.ONNX:
+        difference = export_onnx(loaded, out)
+    else:
+        difference = export_hugging_face(
+            loaded, out, model_card(read_json(results) if results else {})
+        )
+    typer.echo(f"{out}: features differ from ours by at most {difference:.1e}")
+
+
+@contextmanager
+def _needs_extra() -> Iterator[None]:
+    """Say how to install what only evaluators need."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; pip install 'fedmermed[eval]'") from None
 
 
 def _run(

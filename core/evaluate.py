@@ -1,6 +1,6 @@
 """Frozen features of a backbone, and what a neighbours' vote and a linear probe make of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 
-from core.augment import normalise
 from core.errors import UserError
 from core.export import Model
-from core.modalities import MODALITIES
+from core.modalities import MEAN_STD, MODALITIES
 from core.shards import Shard
 
 Features = NDArray[np.float32]
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Values of C (inverse L2 strength) tried on the validation split."""
 
@@ -80,7 +80,7 @@ def check_task(task: Task) -> None:
         )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def extract(
     backbone: nn.Module,
     images: NDArray[np.uint8],
@@ -89,6 +89,7 @@ def extract(
     *,
     last_blocks: int,
     batch_size: int = 256,
+    mean_std: MeanStd | None = None,
 ) -> Features:
     """Class token and mean patch token of the last blocks, normalised by the final norm.
 
@@ -99,6 +100,7 @@ def extract(
         px: side the backbone expects.
         last_blocks: how many blocks to take; all, if there are fewer.
         batch_size: images a pass.
+        mean_std: used in place of the modality's, where the backbone was trained so.
 
     Returns:
         float32 [N, blocks * 2 * d].
@@ -107,20 +109,29 @@ def extract(
     device = next(backbone.parameters()).device
     last_blocks = min(last_blocks, len(backbone.blocks))  # type: ignore[arg-type]
     rows = []
-    for start in range(0, len(images), batch_size):
-        chunk = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
-        pixels = chunk.permute(0, 3, 1, 2).float() / 255
-        if pixels.shape[-1] != px:
-            pixels = nn.functional.interpolate(
-                pixels, (px, px), mode="bilinear", antialias=True, align_corners=False
-            )
+    for pixels in pixel_batches(images, mean_std or MEAN_STD[modality], px, device, batch_size):
         layers = backbone.forward_intermediates(  # type: ignore[operator]
-            normalise(pixels, modality), indices=last_blocks, return_prefix_tokens=True,
+            pixels, indices=last_blocks, return_prefix_tokens=True,
             norm=True, output_fmt="NLC", intermediates_only=True,
         )  # fmt: skip
         tokens = [torch.cat([prefix[:, 0], patches.mean(1)], 1) for patches, prefix in layers]
         rows.append(torch.cat(tokens, 1).float().cpu().numpy())
     return np.concatenate(rows)
+
+
+def pixel_batches(
+    images: NDArray[np.uint8], mean_std: MeanStd, px: int, device: torch.device, batch_size: int
+) -> Iterator[Tensor]:
+    """Normalised batches [B, 3, px, px] of uint8 images [N, H, W, C], read batch by batch."""
+    shift, scale = (torch.tensor(part, device=device)[:, None, None] for part in mean_std)
+    for start in range(0, len(images), batch_size):
+        chunk = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
+        pixels = chunk.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        if pixels.shape[-1] != px:
+            pixels = nn.functional.interpolate(
+                pixels, (px, px), mode="bilinear", antialias=True, align_corners=False
+            )
+        yield (pixels - shift).div_(scale)
 
 
 def knn_scores(
@@ -143,8 +154,16 @@ def probe_scores(
     queries: Features,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Class probabilities [Q, C] of an L2 logistic regression, strength chosen on the val split."""
+    scale, model = fit_probe(train, labels, val, val_labels)
+    return _full(model, scale.transform(queries), int(labels.max()) + 1)
+
+
+def fit_probe(
+    train: Features, labels: NDArray[np.int64], val: Features, val_labels: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    """The probe of `probe_scores`: sklearn's scaler of the features and logistic regression."""
     scale = StandardScaler().fit(train)
-    train, val, queries = scale.transform(train), scale.transform(val), scale.transform(queries)
+    train, val = scale.transform(train), scale.transform(val)
 
     def fit(strength: float) -> Any:
         return LogisticRegression(C=strength, max_iter=2000).fit(train, labels)
@@ -152,8 +171,7 @@ def probe_scores(
     def val_auroc(model: Any) -> float:
         return auroc(_full(model, val, int(labels.max()) + 1), val_labels)
 
-    best = max((fit(c) for c in PROBE_STRENGTHS), key=val_auroc)
-    return _full(best, queries, int(labels.max()) + 1)
+    return scale, max((fit(c) for c in PROBE_STRENGTHS), key=val_auroc)
 
 
 def _full(model: Any, features: Features, classes: int) -> NDArray[np.float64]:

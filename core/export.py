@@ -1,8 +1,9 @@
 """The released form of a model: the teacher's backbone alone, under timm's names."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ class Model:
 
     backbone: nn.Module
     px: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What timm.create_model takes to build the backbone anew."""
 
 
 def export_teacher(recipe: Recipe, state: GlobalState, out: Path) -> str:
@@ -37,16 +40,9 @@ def export_teacher(recipe: Recipe, state: GlobalState, out: Path) -> str:
         for name, array in state.teacher.items()
         if name.startswith(BACKBONE)
     }
-    call = {
-        "model_name": recipe.model.backbone,
-        "num_classes": 0,
-        "img_size": recipe.views.global_px,
-        "dynamic_img_size": True,
-        **recipe.model.options,
-    }
     metadata = {
         "format": "pt",
-        "timm": json.dumps(call, sort_keys=True),
+        "timm": json.dumps(_arguments(recipe.model, recipe.views.global_px), sort_keys=True),
         "mean_std": json.dumps(MEAN_STD, sort_keys=True),
         "study": recipe.name,
     }
@@ -99,7 +95,17 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"'{path}' does not fit its own architecture: {detail}") from None
-    return _ready(backbone, px, device)
+    return _ready(backbone, config, px, device)
+
+
+def _arguments(config: ModelConfig, px: int) -> dict[str, Any]:
+    return {
+        "model_name": config.backbone,
+        "num_classes": 0,
+        "img_size": px,
+        "dynamic_img_size": True,
+        **config.options,
+    }
 
 
 def _from_recipe(recipe: Recipe, device: str) -> Model:
@@ -107,10 +113,10 @@ def _from_recipe(recipe: Recipe, device: str) -> Model:
     teacher = initial_state(recipe).teacher
     weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}
     backbone.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
-    return _ready(backbone, recipe.views.global_px, device)
+    return _ready(backbone, recipe.model, recipe.views.global_px, device)
 
 
-def _ready(backbone: nn.Module, px: int, device: str) -> Model:
+def _ready(backbone: nn.Module, config: ModelConfig, px: int, device: str) -> Model:
     if device == "cpu":
         use_plain_attention(backbone)
-    return Model(backbone.to(device).eval(), px)
+    return Model(backbone.to(device).eval(), px, _arguments(config, px))

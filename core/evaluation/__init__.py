@@ -1,0 +1,1 @@
+"""Measuring a model: metrics with intervals, baselines, stability, report."""
