@@ -24,6 +24,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from pydantic import ValidationError
 
 from client.audit import Audit
 from client.rounds import Request, answer
@@ -31,6 +32,7 @@ from client.site import Refusal, SiteConfig, load_site
 from core.checkpoint import Arrays
 from core.config import recipe_from_json
 from core.errors import UserError
+from core.wire import EvaluationRequest
 
 LOG = logging.getLogger("fedmermed.site")
 CLIENT_APP_ERROR = 2
@@ -51,13 +53,19 @@ def train(message: Message, context: Context) -> Message:
     return _guarded(message, context, "train")
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure a backbone on this site's labelled images."""
+    return _guarded(message, context, "evaluate")
+
+
 def _guarded(message: Message, context: Context, kind: str) -> Message:
     """Answer a message; whatever fails becomes an error reply with a plain reason."""
     try:
         site = load_site(_site_file(context))
         audit = Audit(site.state_path)
-        content = _query(message, site, audit) if kind == "query" else _train(message, site, audit)
-        return Message(content, reply_to=message)
+        act = {"query": _query, "train": _train, "evaluate": _evaluate}[kind]
+        return Message(act(message, site, audit), reply_to=message)
     except Refusal as refusal:
         LOG.warning("%s refused: %s", kind, refusal)
         reason = str(refusal)
@@ -102,10 +110,35 @@ def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
         "out", "train", "trained and sent" if trained else "stored reply sent again",
         arrays=arrays, scalars=dict(metrics), seconds=time.monotonic() - started,
     )  # fmt: skip
+    return RecordDict({"arrays": _record(arrays), "metrics": MetricRecord(dict(metrics))})
+
+
+def _evaluate(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
+    started = time.monotonic()
+    try:
+        request, arrays = _read_evaluation(message)
+    except Refusal as refusal:
+        audit.write("in", "evaluate", f"not understood: {refusal}")
+        raise
+    audit = replace(audit, study=request.study)
+    audit.write("in", "evaluate", "accepted for checking", arrays=arrays)
+    try:
+        from client.evaluation import measure  # imports torch
+
+        reply = measure(site, request, arrays)
+    except Exception as error:
+        why = str(error) if isinstance(error, Refusal) else type(error).__name__
+        audit.write("out", "evaluate", f"not done: {why}", seconds=time.monotonic() - started)
+        raise
+    audit.write(
+        "out", "evaluate", "measured and sent", arrays=reply.histograms,
+        scalars={**reply.metrics, **reply.notes}, seconds=time.monotonic() - started,
+    )  # fmt: skip
     return RecordDict(
         {
-            "arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
-            "metrics": MetricRecord(dict(metrics)),
+            "metrics": MetricRecord(dict(reply.metrics)),
+            "histograms": _record(reply.histograms),
+            "notes": ConfigRecord(dict(reply.notes)),
         }
     )
 
@@ -131,6 +164,29 @@ def _read(message: Message) -> Request:
         recipe=recipe_from_json(str(config["recipe"]), "the coordinator's recipe"),
         arrays=_arrays(records.array_records["arrays"]),
     )
+
+
+def _read_evaluation(message: Message) -> tuple[EvaluationRequest, Arrays]:
+    """Take an evaluate message apart.
+
+    Raises:
+        Refusal: the message is not what core/wire.py says.
+    """
+    records = message.content
+    config = records.config_records.get("config", ConfigRecord())
+    if set(records) != {"arrays", "config"} or set(config) != {"request"}:
+        raise Refusal("the message does not hold exactly what an evaluate message should")
+    try:
+        request = EvaluationRequest.model_validate_json(str(config["request"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise Refusal(f"the evaluation request: '{key}': {first['msg'].lower()}") from None
+    return request, _arrays(records.array_records["arrays"])
+
+
+def _record(arrays: Arrays) -> ArrayRecord:
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
 
 def _arrays(record: ArrayRecord) -> Arrays:

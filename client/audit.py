@@ -38,10 +38,10 @@ class Audit:
 
         Args:
             direction: 'in' or 'out'.
-            message: 'query' or 'train'.
+            message: 'query', 'train' or 'evaluate'.
             decision: What was done with it, in words.
             arrays: What the message carries, under wire names.
-            scalars: Numbers the message carries, under wire names.
+            scalars: Numbers and notes the message carries, under wire names.
             seconds: How long the site worked on it.
         """
         arrays = arrays or {}

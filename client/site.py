@@ -44,6 +44,12 @@ class Policy(Strict):
     """Most rounds of one study."""
     send_metrics: bool = True
     """Whether losses and evaluation figures leave; the numbers of images must."""
+    min_test_images: Annotated[int, Field(ge=2)] = 20
+    """Fewest labelled test images of a modality whose evaluation figures leave."""
+    send_score_histograms: bool = False
+    """Whether an evaluation's counts of positives and negatives by score leave."""
+    min_patients_per_cell: Annotated[int, Field(ge=2)] = 10
+    """Such a count is of no patient, or of at least so many."""
     send_prototypes: bool = True
     min_patients_per_prototype: Annotated[int, Field(ge=2)] = 10
     """The stricter of this and the recipe's value holds."""

@@ -56,6 +56,18 @@ class ModelConfig(Strict):
     drop_path: Jitter = 0.0
     """Stochastic depth of the student."""
 
+    @model_validator(mode="after")
+    def _fetches_nothing(self) -> Self:
+        """A recipe comes from outside a site: it must not make timm download or read files."""
+        if ":" in self.backbone:
+            raise ValueError("'backbone' must be a plain timm name, without a source before ':'")
+        for option in sorted(self.options):
+            if option.startswith(("pretrained", "checkpoint")) or option == "cache_dir":
+                raise ValueError(
+                    f"option '{option}' is not allowed: weights come from 'init_file' alone"
+                )
+        return self
+
 
 class ViewsConfig(Strict):
     """Multi-crop augmentation."""

@@ -10,12 +10,26 @@ Up (site to server), RecordDict with two records:
   "metrics" MetricRecord  num_examples/<modality> (int, at least one), and floats named
                           <metric>/<modality> or <metric> with <metric> in METRICS
 A query message ("config": study) is answered with ConfigRecord "info": site, version.
+
+An evaluate message measures a released backbone on a site's own labels. Down:
+  "arrays"  ArrayRecord   backbone/<tensor>, and of the evaluator's own probe, if it sends one,
+                          probe_weight/<modality> [F, C], probe_bias/<modality> [C]
+  "config"  ConfigRecord  request: an EvaluationRequest as JSON
+Up, an EvaluationReply:
+  "metrics"    MetricRecord  num_train/<modality>, num_test/<modality> (int), and floats in [0, 1]
+                             named <method>_<measure>/<modality>
+  "histograms" ArrayRecord   histogram/<modality>/<class>/positives and .../negatives [B, 2] int64,
+                             see core.evaluation.pooled; empty unless the site's policy sends them
+  "notes"      ConfigRecord  skipped/<modality>, pooling/<modality>: why something was not sent
 """
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Annotated, Final
+
+from pydantic import Field
 
 from core.checkpoint import Arrays
+from core.config import Count, ModelConfig, Strict
 from core.modalities import MODALITIES
 
 STUDENT: Final = "student/"
@@ -36,6 +50,17 @@ METRICS: Final = (
     "seconds_evaluate",
 )
 """Scalars a site may send, bare or as <metric>/<modality>; see core.collapse and core.train."""
+
+BACKBONE: Final = "backbone/"
+PROBE_WEIGHT: Final = "probe_weight/"
+PROBE_BIAS: Final = "probe_bias/"
+HISTOGRAM: Final = "histogram/"
+SIDES: Final = ("positives", "negatives")
+EVALUATION_COUNTS: Final = ("num_train", "num_test")
+METHODS: Final = ("probe", "knn", "shared_probe")
+"""probe and knn learn from the site's own training images; shared_probe is the evaluator's."""
+MEASURES: Final = ("auroc", "accuracy", "balanced_accuracy")
+NOTES: Final = ("skipped", "pooling")
 
 
 @dataclass(frozen=True)
@@ -113,3 +138,40 @@ def metric_is_declared(name: str) -> bool:
     if metric == NUM_EXAMPLES.rstrip("/"):
         return modality in MODALITIES
     return metric in METRICS and (not slash or modality in MODALITIES)
+
+
+class EvaluationRequest(Strict):
+    """What an evaluator asks of a site, beside the arrays."""
+
+    study: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    """An id for the audit files."""
+    model: ModelConfig
+    px: Annotated[int, Field(ge=8)]
+    """Side of the images that the backbone takes."""
+    last_blocks: Count
+    """Blocks whose tokens the probes see."""
+    neighbours: Count
+    probe_classes: dict[str, tuple[str, ...]]
+    """modality -> class names of the evaluator's probe, in the order of its outputs"""
+
+
+@dataclass(frozen=True)
+class EvaluationReply:
+    """All that leaves a site in an evaluation."""
+
+    metrics: dict[str, int | float]
+    histograms: Arrays
+    notes: dict[str, str]
+
+
+def evaluation_metric_is_declared(name: str) -> bool:
+    """Whether the name of an evaluation's figure is on the closed list."""
+    metric, _, modality = name.partition("/")
+    declared = {f"{method}_{measure}" for method in METHODS for measure in MEASURES}
+    return metric in declared.union(EVALUATION_COUNTS) and modality in MODALITIES
+
+
+def note_is_declared(name: str) -> bool:
+    """Whether the name of a note is on the closed list."""
+    kind, _, modality = name.partition("/")
+    return kind in NOTES and modality in MODALITIES

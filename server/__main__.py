@@ -1,4 +1,4 @@
-"""`fedmermed-server`: run a federation on one machine, and release its model."""
+"""`fedmermed-server`: run a federation on one machine, release its model, have sites measure it."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Below those lines, for that reason.
 from server.engines import EngineName
 
-app = new_app("Coordinate a study: simulate a federation, export its model.")
+app = new_app("Coordinate a study: simulate a federation, export and evaluate its model.")
 
 
 @app.command()
@@ -51,6 +51,37 @@ def export(
 
     digest, round_number = export_model(run, out)
     typer.echo(f"{out}: teacher after round {round_number}, sha256 {digest}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="Exported model, run directory, round file, or recipe.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of NAME/site.toml, shards or npz files; none: the run's own sites."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures here (.json).")] = None,
+    probe_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your labelled images: a probe fitted on them scores all sites alike, which a "
+            "pooled AUROC needs."
+        ),
+    ] = None,
+    last_blocks: Annotated[int, typer.Option(min=1, help="Blocks whose tokens probes see.")] = 3,
+    neighbours: Annotated[int, typer.Option(min=1, help="Images that vote.")] = 20,
+) -> None:
+    """Have each site measure a model on its own labels; features and labels stay there."""
+    from server.evaluation import evaluate as run
+
+    run(
+        model, data=data, out=out, probe_data=probe_data, last_blocks=last_blocks,
+        neighbours=neighbours,
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -54,12 +54,12 @@ def simulate(
         recipe = recipe.model_copy(update={"seed": seed})
     out = out or Path("runs") / recipe.name
     sites = open_sites(data) if data is not None else {}
-    _check_sites(list(sites) or _phantom_names(), recipe)
+    check_sites(list(sites) or _phantom_names(), recipe)
     open_run(out, recipe)
     console = Console()
     _remember_data(out, data)
-    paths = _place_data(out, data, sites) if data is not None else _draw_phantoms(out, recipe)
-    site_files = [_write_site_file(out, name, path, recipe) for name, path in paths.items()]
+    paths = place_data(out, data, sites) if data is not None else _draw_phantoms(out, recipe)
+    site_files = [write_site_file(out, name, path, recipe) for name, path in paths.items()]
     done = len(read_history(out))
     if done < recipe.federation.rounds:
         with shown_progress(console, recipe, len(site_files), done):
@@ -68,7 +68,8 @@ def simulate(
     return out
 
 
-def _check_sites(names: list[str], recipe: Recipe) -> None:
+def check_sites(names: list[str], recipe: Recipe) -> None:
+    """Refuse too few sites, and names that cannot be a site's."""
     if len(names) < recipe.federation.min_sites:
         raise UserError(
             f"the recipe needs {recipe.federation.min_sites} sites (federation.min_sites), but the "
@@ -97,7 +98,7 @@ def _remember_data(out: Path, data: Path | None) -> None:
         )
 
 
-def _place_data(out: Path, data: Path, sites: Mapping[str, list[Shard]]) -> dict[str, Path]:
+def place_data(out: Path, data: Path, sites: Mapping[str, list[Shard]]) -> dict[str, Path]:
     """Directory of each site's shards; npz files become shards under OUT/data first."""
     if (data / "manifest.json").exists():
         return dict.fromkeys(sites, data)
@@ -126,7 +127,7 @@ def _draw_phantoms(out: Path, recipe: Recipe) -> dict[str, Path]:
     return paths
 
 
-def _write_site_file(out: Path, name: str, shards: Path, recipe: Recipe) -> Path:
+def write_site_file(out: Path, name: str, shards: Path, recipe: Recipe) -> Path:
     """OUT/sites/NAME/site.toml, as a hospital would write it; one that is there is kept.
 
     Every engine gives a site the same number of threads: equal threads, equal bits.

@@ -28,6 +28,9 @@ def test_every_recipe_loads_and_survives_the_wire(path: Path) -> None:
         ("[memory]\nblocks = 1000", "a block needs at least 8 entries"),
         ('[federation]\nteacher = "freeze"', "'average' or 'rebuild'"),
         ("seed = = 1", "not valid TOML"),
+        ('[model]\nbackbone = "hf-hub:timm/vit_tiny"', "must be a plain timm name"),
+        ("[model]\noptions = { pretrained = true }", "option 'pretrained' is not allowed"),
+        ('[model]\noptions = { checkpoint_path = "a" }', "option 'checkpoint_path' is not"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
