@@ -97,7 +97,7 @@ class MemoryConfig(Strict):
     entries_per_modality: Annotated[int, Field(ge=16)] = 256
     blocks: Count = 1
     at_round_start: Literal["kept", "refilled"] = "kept"
-    centred: bool = True
+    centred: bool = False
     """Compare embeddings and entries by their difference from the mean of the modality's ring."""
 
     @model_validator(mode="after")

@@ -161,9 +161,17 @@ def probe_scores(
 def fit_probe(
     train: Features, labels: NDArray[np.int64], val: Features, val_labels: NDArray[np.int64]
 ) -> tuple[Any, Any]:
-    """The probe of `probe_scores`: sklearn's scaler of the features and logistic regression."""
+    """The probe of `probe_scores`: sklearn's scaler of the features and logistic regression.
+
+    With fewer images than features it is fitted in the images' own span, where the solution of an
+    L2-penalised model lies (representer theorem), and brought back: the same, several times faster.
+    """
     scale = StandardScaler().fit(train)
     train, val = scale.transform(train), scale.transform(val)
+    span = None
+    if len(train) < train.shape[1]:
+        span = np.linalg.qr(train.T)[0]  # [F, n], orthonormal columns
+        train, val = train @ span, val @ span
 
     def fit(strength: float) -> Any:
         return LogisticRegression(C=strength, max_iter=2000).fit(train, labels)
@@ -171,7 +179,10 @@ def fit_probe(
     def val_auroc(model: Any) -> float:
         return auroc(_full(model, val, int(labels.max()) + 1), val_labels)
 
-    return scale, max((fit(c) for c in PROBE_STRENGTHS), key=val_auroc)
+    best = max((fit(c) for c in PROBE_STRENGTHS), key=val_auroc)
+    if span is not None:
+        best.coef_, best.n_features_in_ = best.coef_ @ span.T, len(span)
+    return scale, best
 
 
 def _full(model: Any, features: Features, classes: int) -> NDArray[np.float64]:

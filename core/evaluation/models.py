@@ -25,10 +25,6 @@ from core.evaluation.weights import build, check_name, read_weights
 from core.export import Model, load_model
 from core.modalities import MEAN_STD
 
-MODEL_HELP: Final = (
-    "Exported model, run directory, round file, recipe (random init), Hugging Face directory, or "
-    "TIMM_NAME[@PX]:WEIGHTS with a local weight file."
-)
 HUGGING_FACE_WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 BY_MODALITY: Final = "mean_std_by_modality"
 """Key of our config.json: the model expects each modality's own pixel statistics."""

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from core.__main__ import app
@@ -18,6 +19,7 @@ from core.evaluate import (
     auroc,
     check_task,
     extract,
+    fit_probe,
     knn_scores,
     labelled_tasks,
     mean_over_modalities,
@@ -142,3 +144,20 @@ def test_a_model_that_cannot_be_read_is_refused(tmp_path: Path, model: str, mess
     (tmp_path / "torn.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / model)
+
+
+def test_a_probe_on_fewer_images_than_features_is_the_direct_solution() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    rows = (rng.normal(size=(60, 200)) + labels[:, None]).astype(np.float32)
+    train, val, queries = rows[:30], rows[30:45], rows[45:]
+    scale, model = fit_probe(train, labels[:30], val, labels[30:45])
+    direct = LogisticRegression(C=model.C, max_iter=5000, tol=1e-6).fit(
+        scale.transform(train), labels[:30]
+    )
+    assert model.coef_.shape == (3, 200)
+    assert np.allclose(
+        model.predict_proba(scale.transform(queries)),
+        direct.predict_proba(scale.transform(queries)),
+        atol=5e-3,
+    )

@@ -93,7 +93,7 @@ def test_figures_that_a_site_did_not_send_raise_no_alarm() -> None:
 
 
 def test_what_all_embeddings_share_does_not_reach_the_centred_loss() -> None:
-    config = recipe()
+    config = recipe(memory={"entries_per_modality": 32, "centred": True})
     moved = started(config)
     with torch.no_grad():  # before the normalisation to unit length: a far common point
         for network in (moved.student, moved.teacher):
@@ -102,7 +102,7 @@ def test_what_all_embeddings_share_does_not_reach_the_centred_loss() -> None:
         train(state, lambda step: [blobs(step)], config, 3, site="site")
         for state in (started(config), moved)
     )
-    flat = recipe(memory={"entries_per_modality": 32, "centred": False})
+    flat = recipe()
     raw = started(flat)
     raw.student.load_state_dict(moved.student.state_dict())
     raw.teacher.load_state_dict(moved.teacher.state_dict())
