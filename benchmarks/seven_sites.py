@@ -5,7 +5,8 @@ Arms, all with the recipe's backbone and, where they train, the same number of i
   local       each hospital alone, as many steps as in the federation; measured on its own modality
   federation  the recipe
   pooled      all images on one machine, one batch of all modalities a step, the same learning rate
-  frozen      the federation with a teacher that stays random: what distillation alone gives
+  frozen      the federation with a teacher that stays random, measured on the student: what
+              distillation alone gives
   pixels      the image shrunk to 16 x 16 pixels, without a network
 and, to choose between ways of federating:
   refilled    the memory bank filled anew at every round's start, instead of kept
@@ -41,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.checkpoint import read_json, write_json
+from core.checkpoint import load_arrays, read_json, write_json
 from core.config import load_recipe
 from core.evaluate import (
     Features,
@@ -52,10 +53,11 @@ from core.evaluate import (
     measures,
     probe_scores,
 )
-from core.export import load_model
+from core.export import BACKBONE, load_model
 from core.modalities import MODALITIES, TITLES
 from core.shards import Shard, write_shard
 from core.sites import open_sites
+from core.wire import GlobalState
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "seven_sites.toml"
@@ -198,13 +200,26 @@ def features_of(arm: str, out: Path, seed: int, task: Task) -> tuple[Any, Any]:
             model = load_model(Path(file.name))
     else:
         label = task.name if arm == "local" else "all"
-        model = load_model(run_directory(out, arm, seed, label) / "model.safetensors")
+        run = run_directory(out, arm, seed, label)
+        model = load_model(run / "model.safetensors")
+        if arm == "frozen":  # its teacher is the random network still
+            model.backbone.load_state_dict(_student(run))
     deep = [
         extract(model.backbone, part, task.name, model.px, last_blocks=LAST_BLOCKS)
         for part in images
     ]
     last = deep[0].shape[1] // LAST_BLOCKS
     return deep, [part[:, -last:] for part in deep]
+
+
+def _student(run: Path) -> dict[str, torch.Tensor]:
+    arrays, _ = load_arrays(sorted(run.glob("round-*.safetensors"))[-1])
+    student = GlobalState.from_arrays(arrays).student
+    return {
+        name.removeprefix(BACKBONE): torch.from_numpy(array)
+        for name, array in student.items()
+        if name.startswith(BACKBONE)
+    }
 
 
 def _thumbnails(images: Any) -> Features:
