@@ -27,6 +27,7 @@ from core.evaluation.stability import (
     bootstrap_rows,
     conclusion,
     left_out_rows,
+    mean_of_tasks,
     seed_rows,
     variant_rows,
     with_means,
@@ -115,7 +116,7 @@ class Findings:
                 values = groups.setdefault(key, {}).setdefault(row["seed"], {})
                 values[row["task"]] = row["metrics"]["auroc"]["value"]
         for (model, method, fraction), seeds in groups.items():
-            found = [_mean_of(values) for values in seeds.values()]
+            found = [mean_of_tasks(values) for values in seeds.values()]
             spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
             table.append({
                 "model": model, "method": method, "fraction": fraction, "metric": "auroc",
@@ -193,11 +194,3 @@ class Findings:
             return delong(one.labels, one.scores[:, 1], two.scores[:, 1]), "DeLong"
         measured = (self.measured[method, model][task]["auroc"] for model in (a, b))
         return compare(*measured), "paired bootstrap"
-
-
-def _mean_of(tasks: Mapping[str, float]) -> float:
-    """Mean of the tasks of each modality, then over modalities."""
-    groups: dict[str, list[float]] = {}
-    for task, value in tasks.items():
-        groups.setdefault(task.split("/")[0], []).append(value)
-    return float(np.mean([np.mean(values) for values in groups.values()]))

@@ -190,8 +190,8 @@ def left_out_rows(clean: Mapping[str, Mapping[str, float]], method: str) -> list
     rows = []
     for model, tasks in clean.items():
         for left in tasks if len(tasks) > 1 else ():
-            value = _mean({task: auroc for task, auroc in tasks.items() if task != left})
-            change = value - _mean(tasks)
+            value = mean_of_tasks({task: auroc for task, auroc in tasks.items() if task != left})
+            change = value - mean_of_tasks(tasks)
             rows.append(
                 Row("sites", f"without {left}", model, method, "auroc", value, change, MEAN)
             )
@@ -253,8 +253,8 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
     means = [
         dataclasses.replace(
             condition,
-            value=_mean({task: row.value for task, row in tasks.items()}),
-            change=_mean({task: row.change for task, row in tasks.items()}),
+            value=mean_of_tasks({task: row.value for task, row in tasks.items()}),
+            change=mean_of_tasks({task: row.change for task, row in tasks.items()}),
         )
         for condition, tasks in conditions.items()
     ]
@@ -317,7 +317,8 @@ def _lost(means: Mapping[_Key, Row], model: str, name: str) -> dict[str, str]:
     return {factor: text if behind >= 0 else "" for factor, (behind, text) in lost.items()}
 
 
-def _mean(tasks: Mapping[str, float]) -> float:
+def mean_of_tasks(tasks: Mapping[str, float]) -> float:
+    """Mean of the tasks ("modality/shard") of each modality, then over modalities."""
     modalities: dict[str, list[float]] = {}
     for task, value in tasks.items():
         modalities.setdefault(task.split("/")[0], []).append(value)
