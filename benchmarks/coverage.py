@@ -15,9 +15,10 @@ A share of 500 studies is known to +-2 %.
 
 Found (500 studies, 1,000 draws, seed 0): of 18 rows, "held" is 93.2 to 97.0 % in 16, 97.2 % for the
 accuracy of "3 classes", and 92.2 % for AUROC .977 with some 30 ill patients of several images each
-(93.1 % of 1,500 studies). Plain percentiles hold it in 83 to 96 %. "erred" is 3.2 to 5.8 %. DeLong's
-test errs in 4.0 to 5.0 % where each patient has one image and AUROC is below .9, in 0 to 1.4 % above
-.97, and in 25 to 30 % with several images a patient, where `fedmermed-eval` does not use it.
+(93.1 % of 1,500 studies). Plain percentiles hold it in 83 to 96 %. "erred" is 3.2 to 5.8 %.
+DeLong's test errs in 4.0 to 5.0 % where each patient has one image and AUROC is below .9, in 0 to
+1.4 % above .97, and in 25 to 30 % with several images a patient, where `fedmermed-eval` does not
+use it.
 """
 
 import argparse
