@@ -41,6 +41,8 @@ Columns = Mapping[str, Mapping[str, Sequence[str]]]
 
 COMPARED: Final = ("probe", "knn20", "finetune")
 STABILITY_METHOD: Final = "knn20"
+WITHOUT_INTERVAL: Final = ("ece",)
+"""Biased upwards on few images: its interval would seldom hold the truth (benchmarks/README.md)."""
 MEANS: Final = ("auroc", "accuracy", "balanced_accuracy")
 
 
@@ -83,6 +85,8 @@ class Findings:
         else:
             measured = resample(p, self._task_weights(p))
             figures = {name: asdict(interval(measure)) for name, measure in measured.items()}
+            for name in WITHOUT_INTERVAL:
+                figures[name] |= {"low": None, "high": None}
             self.measured.setdefault((p.method, p.model), {})[p.task] = measured
             self._kept[p.method, p.model, p.task] = p
             key = f"{p.model}|{p.task}|{p.method}|{p.fraction:g}|{p.seed}"
