@@ -159,15 +159,6 @@ def compare(a: Resampled, b: Resampled) -> Comparison:
     return Comparison(difference, float(low), float(high), p)
 
 
-def mean_over_seeds(seeds: Sequence[Resampled]) -> Resampled:
-    """Mean over seeds of one method, all measured on the same draws of the same images."""
-    return Resampled(
-        value=float(np.mean([seed.value for seed in seeds])),
-        draws=np.mean([seed.draws for seed in seeds], axis=0),
-        freedom=min(seed.freedom for seed in seeds),
-    )
-
-
 def mean_over_modalities(tasks: Mapping[str, Resampled]) -> Resampled:
     """Mean of the tasks ("modality/shard") of each modality, then over modalities, each once.
 

@@ -17,7 +17,6 @@ from core.evaluation.intervals import (
     holm,
     interval,
     mean_over_modalities,
-    mean_over_seeds,
     resample,
     subgroups,
 )
@@ -202,15 +201,6 @@ def test_the_mean_of_perfect_tasks_is_not_certain() -> None:
     perfect = Resampled(1.0, np.ones(50), 19)
     found = interval(mean_over_modalities({f"{m}/x": perfect for m in ("ct", "us", "oct")}))
     assert found.low == pytest.approx(20 / (20 + 1.959964**2))
-
-
-def test_seeds_on_the_same_images_do_not_make_the_images_more() -> None:
-    seed = spread(0.7, 0.05, 30)
-    other = dataclasses.replace(seed, value=0.72, draws=seed.draws + 0.02)
-    found = mean_over_seeds([seed, other])
-    assert found.value == pytest.approx(0.71)
-    assert found.variance == pytest.approx(seed.variance)
-    assert found.freedom == 30
 
 
 def naive_delong(
