@@ -30,6 +30,7 @@ Area = Annotated[
     tuple[Annotated[float, Field(ge=1e-3, le=1)], Annotated[float, Field(ge=1e-3, le=1)]],
     AfterValidator(_ordered),
 ]
+Window = tuple[Annotated[float, Field(ge=-2000, le=5000)], Annotated[float, Field(ge=1, le=10_000)]]
 Sigma = Annotated[
     tuple[Annotated[float, Field(ge=0, le=10)], Annotated[float, Field(ge=0, le=10)]],
     AfterValidator(_ordered),
@@ -67,6 +68,15 @@ class ModelConfig(Strict):
                     f"option '{option}' is not allowed: weights come from 'init_file' alone"
                 )
         return self
+
+
+class ImagesConfig(Strict):
+    """How sites make their pictures, so that those of all sites go together."""
+
+    px: Annotated[int, Field(ge=16)] = 64
+    """Side of the square pictures: at least a view's, so that a crop enlarges little."""
+    ct_window: Window = (40.0, 400.0)
+    """Centre and width in Hounsfield units, shown from black to white."""
 
 
 class ViewsConfig(Strict):
@@ -177,6 +187,7 @@ class Recipe(Strict):
     name: Annotated[str, Field(min_length=1)] = "study"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: ModelConfig = ModelConfig()
+    images: ImagesConfig = ImagesConfig()
     views: ViewsConfig = ViewsConfig()
     memory: MemoryConfig = MemoryConfig()
     loss: LossConfig = LossConfig()

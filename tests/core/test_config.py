@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def test_every_recipe_loads_and_survives_the_wire(path: Path) -> None:
         ("[optim]\nlearning_rate = true", "'optim.learning_rate': .*number, found True"),
         ("[optim]\nlearning_rate = nan", "'optim.learning_rate'"),
         ("[views]\nglobal_area = [0.5, 0.2]", r"must be \[low, high\]"),
+        ("[images]\npx = 15", "'images.px': .*greater than or equal to 16, found 15"),
+        ("[images]\nct_window = [40.0, 0.0]", r"'images.ct_window.1': .*found 0.0"),
+        ("[images]\nct_window = [40.0, -400.0]", r"'images.ct_window.1': .*found -400.0"),
+        ("[images]\nct_window = [nan, 400.0]", r"'images.ct_window.0'"),
+        ("[images]\nct_window = [40.0]", r"'images.ct_window.1': field required"),
         ("[memory]\nblocks = 1000", "a block needs at least 8 entries"),
         ('[federation]\nteacher = "freeze"', "'average' or 'rebuild'"),
         ("seed = = 1", "not valid TOML"),
@@ -40,6 +46,19 @@ def test_a_wrong_recipe_is_refused_by_file_and_key(tmp_path: Path, text: str, me
         load_recipe(path)
     assert "wrong.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_full_size_recipes_ask_for_pictures_larger_than_their_views() -> None:
+    for name in ("vits16", "vitb16"):
+        recipe = load_recipe(CONFIGS / f"{name}.toml")
+        assert recipe.images.px == 256 > recipe.views.global_px
+        assert recipe.images.ct_window == (40.0, 400.0)
+
+
+def test_a_recipe_written_before_images_were_in_it_is_still_the_same() -> None:
+    table = json.loads(Recipe(seed=3).to_json())
+    del table["images"]
+    assert recipe_from_json(json.dumps(table), "an older run") == Recipe(seed=3)
 
 
 def test_a_missing_recipe_says_what_to_give(tmp_path: Path) -> None:
