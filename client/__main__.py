@@ -25,38 +25,125 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="SOURCE... SHARD",
-            help="npz files, one image folder, or one CSV; last, the shard directory to write.",
+            help="Directories, files, CSV lists, or npz files; last, the shard directory to write.",
         ),
     ],
     modality: Annotated[
         str | None,
-        typer.Option(help="Modality of all images, where names or folders do not tell it."),
+        typer.Option(help="Of files that do not tell: neither their header, folder nor CSV."),
     ] = None,
     px: Annotated[
-        int, typer.Option(help="Side of the square images to make from a folder or CSV, in pixels.")
-    ] = 64,
+        int | None, typer.Option(show_default="64", help="Side of the square pictures.")
+    ] = None,
+    ct_window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CENTRE,WIDTH",
+            show_default="40,400",
+            help="Hounsfield units that CT shows from black to white.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The study's recipe: gives pixels and CT window.")
+    ] = None,
+    labels: Annotated[
+        str,
+        typer.Option(metavar="none|folder", help="folder: the one that holds a file is its class."),
+    ] = "none",
+    patients: Annotated[
+        str,
+        typer.Option(
+            metavar="file|folder",
+            help="Whose a file without a PatientID is: a patient's of its own, or its folder's.",
+        ),
+    ] = "file",
+    burned_in: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS=POLICY",
+            show_default="declared=skip screen=skip ultrasound=mask photo=mask other=accept",
+            help="What to do with text in the pixels: skip, mask or accept, for a class of images: "
+            "declared, screen, ultrasound, photo or other; repeat it, or give one policy for all.",
+        ),
+    ] = None,
+    duplicates: Annotated[
+        str, typer.Option(metavar="remove|keep", help="Copies and near copies of pictures.")
+    ] = "remove",
+    frames: Annotated[int, typer.Option(help="Most pictures of one cine or volume.")] = 16,
+    tiles: Annotated[int, typer.Option(help="Most pictures of one slide.")] = 200,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, show_default="one a core", help="Files read at a time.")
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(min=1, help="GiB of memory that reading one file may take.")
+    ] = 4,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that reading one file may take.")
+    ] = 120,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="patients.secret beside the shard",
+            help="Key that turns patients into hashes; drawn if missing. Keep it safe.",
+        ),
+    ] = None,
+    sheets: Annotated[
+        bool, typer.Option("--sheets/--no-sheets", help="Sample pictures in the report.")
+    ] = True,
     name: Annotated[
         str | None, typer.Option(help="Name of the shard; its folder's name if not given.")
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, whatever has been prepared there.")
+    ] = False,
 ) -> None:
-    """Turn npz files, a folder of images, or a CSV list of images into one shard.
+    """Turn an archive of images into one shard that trains, and a report beside it.
 
-    Name the sources first and the shard directory to write last.
+    Name the sources first and the shard directory to write last. Sources may hold DICOM, PNG, JPEG
+    and TIFF files, NIfTI volumes and whole slides in any order; what is no image, damaged or
+    unwanted is counted with its reason. After a stop or a crash, the same command continues.
 
-    A folder is laid out as modality/class/file or modality/file; with --modality, as class/file.
-    A CSV has the columns image_path,modality[,label,split,patient].
+    A first folder below a source that is named like a modality (ct, cxr, us, pathology, cfp, oct,
+    dermatology) gives its files that modality. A CSV has the columns
+    image_path,modality[,label,split,patient]. npz files are joined as they are.
     """
-    from client.prepare import read_sources
-    from core.shards import check_target, write_shard
+    from client.ingest.command import join_npz, prepare_files
+    from client.ingest.options import parse_rules
 
     if len(paths) < 2:
         raise UserError("expected at least one SOURCE and then the SHARD to write; see --help")
     *sources, target = paths
     name = name or target.absolute().name
-    check_target(target, name)  # before hours of decoding
-    shard = read_sources(sources, name, px, modality, console)
-    write_shard(target, shard)
-    _print_summary(shard, target)
+    rules = parse_rules(
+        modality=modality,
+        px=px,
+        ct_window=ct_window,
+        recipe=recipe,
+        labels=labels,
+        patients=patients,
+        burned_in=burned_in or (),
+        duplicates=duplicates,
+        frames=frames,
+        tiles=tiles,
+    )
+    if any(source.suffix == ".npz" for source in sources):
+        if px is not None or recipe is not None:
+            raise UserError("npz files keep their pixels; leave --px and --recipe out")
+        _print_summary(join_npz(sources, target, name, modality, console, restart), target)
+        return
+    prepare_files(
+        sources,
+        target,
+        name,
+        rules,
+        secret or target.absolute().with_name("patients.secret"),
+        console,
+        jobs=jobs,
+        memory_gib=memory,
+        timeout_s=timeout,
+        sheets=sheets,
+        restart=restart,
+    )
 
 
 @app.command()
@@ -165,6 +252,43 @@ def _print_summary(shard: "Shard", where: Path) -> None:
         f"{'grey' if channels == 1 else 'colour'}: {where}",
         soft_wrap=True,
     )
+
+
+@app.command()
+def check(
+    site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site's file.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="The study's recipe; without it, the site file's.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write all as JSON.")
+    ] = None,
+) -> None:
+    """Is this site ready for a study? Says what is not, and for each such line what to do.
+
+    Reads every shard, tries the coordinator, and trains a few steps; nothing leaves the site. Ends
+    with status 1 when a line is red.
+    """
+    from client.check.findings import Status
+    from client.check.run import check_site
+    from client.check.table import Board, as_json, table
+    from client.site import load_site
+    from core.checkpoint import write_json
+
+    site = load_site(site_file)
+    board = Board()
+    with board.shown(console):
+        study = check_site(board, site_file, site, recipe)
+    console.print(table(board, f"site {site.name}"))
+    green, yellow, red = (board.count(status) for status in Status)
+    console.print(f"{green} green, {yellow} yellow, {red} red", highlight=False)
+    if json_file:
+        try:
+            write_json(json_file, as_json(board, site.name, study.name if study else ""))
+        except OSError as error:
+            raise UserError(f"'{json_file}' cannot be written: {error}") from None
+    if red:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from core.modalities import MODALITIES
 
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
+ADDRESS = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$"
 
 
 def _known(name: str) -> str:
@@ -24,6 +25,16 @@ def _known(name: str) -> str:
 
 
 Modality = Annotated[str, AfterValidator(_known)]
+
+
+def _has_port(address: str) -> str:
+    if not 1 <= int(address.rpartition(":")[2]) <= 65_535:
+        raise ValueError("the port must be from 1 to 65535")
+    return address
+
+
+Address = Annotated[str, Field(pattern=ADDRESS), AfterValidator(_has_port)]
+"""host:port, without https:// before or a path after it; an IPv6 host stands in brackets."""
 
 
 class Refusal(UserError):
@@ -55,6 +66,19 @@ class Policy(Strict):
     """The stricter of this and the recipe's value holds."""
 
 
+class Coordinator(Strict):
+    """Where the coordinator is; `fedmermed-site check` tries it. None of it changes training."""
+
+    superlink: Address | None = None
+    """What the SuperNode is given as --superlink."""
+    root_certificates: Annotated[str, Field(min_length=1)] | None = None
+    """What the SuperNode is given as --root-certificates, relative to this file."""
+    health: Address | None = None
+    """The SuperLink's gRPC health service, where the coordinator lets sites reach it."""
+    recipe: Annotated[str, Field(min_length=1)] | None = None
+    """A copy of the study's recipe, relative to this file."""
+
+
 class SiteConfig(Strict):
     """The site file, its paths made absolute."""
 
@@ -67,6 +91,7 @@ class SiteConfig(Strict):
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of torch; 0 leaves it to torch. Equal bits need equal numbers."""
     policy: Policy = Policy()
+    coordinator: Coordinator = Coordinator()
 
     @property
     def shard_paths(self) -> list[Path]:
@@ -87,10 +112,13 @@ def load_site(path: Path) -> SiteConfig:
     """
     site = load_toml(SiteConfig, path, "site file")
     home = path.absolute().parent
+    given = site.coordinator.model_dump(include={"root_certificates", "recipe"}, exclude_none=True)
+    files = {key: str(home / file) for key, file in given.items()}
     return site.model_copy(
         update={
             "shards": tuple(str(home / shard) for shard in site.shards),
             "state_dir": str(home / site.state_dir),
+            "coordinator": site.coordinator.model_copy(update=files),
         }
     )
 

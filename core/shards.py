@@ -1,15 +1,19 @@
 """Shards: a site's prepared images, in the one format that every reader here uses.
 
 A shard is a directory that trains without decoding:
-  manifest.json   format version, name, count, px, channels, classes, sha256 of the other two
+  manifest.json   format version, name, count, px, channels, classes, sha256 of the other two, and
+                  the window in Hounsfield units by which its CT images were made, if they were
   images.npy      uint8 [N, px, px, channels], opened as a memory map
   table.csv       modality,patient,label,split: one line an image; label is a class name or empty
-Patients are numbered: a shard that this module writes holds no name or identifier of a person.
+Patients are numbers or keyed hashes: a shard holds no name or identifier of a person. A shard that
+fits in memory is written by `write_shard`; a larger one file by file by who makes it, with the
+helpers that `write_shard` uses.
 """
 
 import csv
 import io
 import shutil
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError
 
-from core.checkpoint import commit_directory, sha256_file, write_atomically, write_json
+from core.checkpoint import commit_directory, sha256_file, write_json
 from core.config import Strict
 from core.errors import UserError
 from core.modalities import MODALITIES
@@ -27,6 +31,8 @@ from core.modalities import MODALITIES
 SPLITS: Final = ("train", "val", "test")
 FILES: Final = ("manifest.json", "images.npy", "table.csv")
 COLUMNS: Final = ["modality", "patient", "label", "split"]
+HEADER_BYTES: Final = 128
+"""What numpy writes before the pixels; the same for any number of images below 10^21."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Manifest(Strict):
     channels: Literal[1, 3]
     classes: dict[Annotated[str, AfterValidator(_known_modality)], tuple[str, ...]]
     sha256: dict[Literal["images.npy", "table.csv"], str]
+    ct_window: tuple[float, float] | None = None
 
 
 def write_shard(directory: Path, shard: Shard) -> Path:
@@ -89,7 +96,7 @@ def write_shard(directory: Path, shard: Shard) -> Path:
             shutil.rmtree(aside)
         aside.mkdir(parents=True)
         np.save(aside / "images.npy", shard.images, allow_pickle=False)
-        write_atomically(aside / "table.csv", _table_bytes(shard))
+        write_table(aside / "table.csv", _table_rows(shard))
         manifest = Manifest(
             name=shard.name,
             count=len(shard.images),
@@ -98,13 +105,36 @@ def write_shard(directory: Path, shard: Shard) -> Path:
             classes=shard.classes,
             sha256={name: sha256_file(aside / name) for name in ("images.npy", "table.csv")},
         )
-        write_json(aside / "manifest.json", manifest.model_dump(mode="json"))
+        write_json(aside / "manifest.json", manifest_json(manifest))
         commit_directory(aside, directory)
     except OSError as error:
         raise UserError(f"shard '{directory}' cannot be written: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return directory
+
+
+def images_header(count: int, px: int, channels: int) -> bytes:
+    """The `HEADER_BYTES` that make images.npy of the pixels of `count` images behind them."""
+    header = io.BytesIO()
+    shape = (count, px, px, channels)
+    facts = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, facts)
+    assert len(header.getvalue()) == HEADER_BYTES
+    return header.getvalue()
+
+
+def write_table(path: Path, rows: Iterable[tuple[str, object, str, str]]) -> None:
+    """Write a shard's table from (modality, patient, class name or empty, split), row by row."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """What manifest.json holds; a shard without a window does not name one."""
+    return manifest.model_dump(mode="json", exclude_none=True)
 
 
 def open_shard(directory: Path, *, verify: bool = False) -> Shard:
@@ -137,13 +167,15 @@ def check_shard(shard: Shard) -> None:
     assert all(column.shape == (count,) for column in columns)
     if count == 0:
         raise UserError(f"shard '{shard.name}' is empty (0 images); nothing can be trained on it")
-    first: dict[int, str] = {}
-    for patient, split in zip(shard.patient.tolist(), shard.split.tolist(), strict=True):
-        if first.setdefault(patient, split) != split:
-            raise UserError(
-                f"shard '{shard.name}': patient number {patient} is in '{first[patient]}' and "
-                f"'{split}'; keep all images of a patient in one split"
-            )
+    _, first, patient = np.unique(shard.patient, return_index=True, return_inverse=True)
+    split = shard.split[first][patient]
+    wrong = np.flatnonzero(shard.split != split)
+    if len(wrong):
+        image = wrong[0]
+        raise UserError(
+            f"shard '{shard.name}': patient number {shard.patient[image]} is in '{split[image]}' "
+            f"and '{shard.split[image]}'; keep all images of a patient in one split"
+        )
 
 
 def check_target(directory: Path, name: str) -> None:
@@ -169,16 +201,11 @@ def number_patients(keys: Iterable[Any]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
-def _table_bytes(shard: Shard) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def _table_rows(shard: Shard) -> Iterable[tuple[str, object, str, str]]:
     columns = (shard.modality, shard.patient, shard.label, shard.split)
     for m, patient, label, split in zip(*(column.tolist() for column in columns), strict=True):
         modality = MODALITIES[m]
-        name = shard.classes[modality][label] if label >= 0 else ""
-        writer.writerow([modality, patient, name, split])
-    return text.getvalue().encode()
+        yield modality, patient, shard.classes[modality][label] if label >= 0 else "", split
 
 
 def _damaged(path: Path, why: str) -> UserError:
@@ -217,24 +244,33 @@ def _map_images(path: Path, manifest: Manifest) -> NDArray[np.uint8]:
 
 
 def _read_table(path: Path, manifest: Manifest, images: NDArray[np.uint8]) -> Shard:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise _damaged(path, str(error)) from None
-    if header != COLUMNS or len(rows) != manifest.count:
-        raise _damaged(path, f"expected columns {','.join(COLUMNS)} and {manifest.count} rows")
     label_of = {(m, ""): -1 for m in manifest.classes}
     label_of |= {(m, c): i for m, names in manifest.classes.items() for i, c in enumerate(names)}
-    for line, row in enumerate(rows, start=2):
-        if len(row) != 4 or (row[0], row[2]) not in label_of or row[3] not in SPLITS:
-            raise _damaged(path, f"line {line} does not fit the manifest: {','.join(row)!r}")
+    # Numbers and not rows: a table may have 10^7 of them.
+    modality, patient, label, split = array("h"), array("q"), array("q"), array("b")
+    numbers: dict[str, int] = {}
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            right = next(rows, []) == COLUMNS
+            for line, row in enumerate(rows if right else (), start=2):
+                if len(row) != 4 or (row[0], row[2]) not in label_of or row[3] not in SPLITS:
+                    # Not the row itself: it holds a patient's key.
+                    raise _damaged(path, f"line {line} does not fit the manifest")
+                modality.append(MODALITIES.index(row[0]))
+                patient.append(numbers.setdefault(row[1], len(numbers)))
+                label.append(label_of[row[0], row[2]])
+                split.append(SPLITS.index(row[3]))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _damaged(path, str(error)) from None
+    if not right or len(label) != manifest.count:
+        raise _damaged(path, f"expected columns {','.join(COLUMNS)} and {manifest.count} rows")
     return Shard(
         name=manifest.name,
         images=images,
-        modality=np.array([MODALITIES.index(row[0]) for row in rows], dtype=np.int16),
-        patient=number_patients(row[1] for row in rows),
-        label=np.array([label_of[row[0], row[2]] for row in rows], dtype=np.int64),
-        split=np.array([row[3] for row in rows]),
+        modality=np.frombuffer(modality, dtype=np.int16),
+        patient=np.frombuffer(patient, dtype=np.int64),
+        label=np.frombuffer(label, dtype=np.int64),
+        split=np.array(SPLITS)[np.frombuffer(split, dtype=np.int8)],
         classes=dict(manifest.classes),
     )

@@ -8,6 +8,8 @@ from core.import_npz import read_npz
 from core.modalities import MODALITIES
 from core.shards import Shard, open_shard
 
+REPORT_SUFFIX: Final = ".report"
+"""Ends the names of the directories that 'fedmermed-site prepare' writes beside its shards."""
 MAKE_SHARDS: Final = "make shards with 'fedmermed-site prepare' or 'fedmermed-site phantoms'"
 
 
@@ -22,7 +24,7 @@ def open_site(directory: Path) -> list[Shard]:
         raise UserError(f"data directory '{directory}' does not exist; check the path")
     if (directory / "manifest.json").exists():
         return [open_shard(directory)]
-    shards = [open_shard(path) for path in sorted(directory.glob("[!.]*/"))]
+    shards = [open_shard(path) for path in sub_directories(directory)]
     if not shards:
         raise UserError(f"'{directory}' holds no shard (no manifest.json); {MAKE_SHARDS}")
     _check_together(directory.name, shards)
@@ -38,7 +40,7 @@ def open_sites(data: Path) -> dict[str, list[Shard]]:
       with one shard in memory per file;
     - sub-directories: each is a site, and is a shard itself or holds several;
     - a single shard: one site, named by the shard.
-    Names that begin with a dot are passed over.
+    Names that begin with a dot and reports are passed over.
 
     Raises:
         UserError: the directory is missing or is none of these (or mixes them), a file cannot be
@@ -51,13 +53,18 @@ def open_sites(data: Path) -> dict[str, list[Shard]]:
         return {shard.name: [shard]}
     files = sorted(data.glob("[!.]*.npz"))
     if not files:
-        sites = {path.name: open_site(path) for path in sorted(data.glob("[!.]*/"))}
+        sites = {path.name: open_site(path) for path in sub_directories(data)}
         if not sites:
             raise UserError(f"'{data}' holds neither npz files nor shards; {MAKE_SHARDS}")
         return sites
     if any(data.glob("[!.]*/manifest.json")):
         raise UserError(f"'{data}' holds npz files and shards; keep one kind in a directory")
     return _npz_sites(files)
+
+
+def sub_directories(directory: Path) -> list[Path]:
+    """Where shards or sites may be: neither hidden directories nor reports of `prepare`."""
+    return [p for p in sorted(directory.glob("[!.]*/")) if p.suffix != REPORT_SUFFIX]
 
 
 def _npz_sites(files: list[Path]) -> dict[str, list[Shard]]:

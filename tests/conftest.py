@@ -1,12 +1,15 @@
 """A federation small enough for a test: a ViT of width 32, phantoms of 32 pixels."""
 
+import importlib.util
 import itertools
 import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -60,6 +63,36 @@ def write_site(
         f"[policy]\nmin_patients_per_prototype = 2\n{policy}"
     )
     return file
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real images and DICOM files beside the checkout; tests that need them skip without."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    data = Path(os.environ.get("FEDMERMED_TEST_DATA", default))
+    if not data.is_dir():
+        pytest.skip("needs the real test data (FEDMERMED_TEST_DATA)")
+    return data
+
+
+@pytest.fixture(scope="session")
+def load_benchmark() -> Callable[[str], ModuleType]:
+    """Import a module of benchmarks/ by its name, without putting its neighbours on the path.
+
+    One of them is called `coverage`, as the tool that measures tests is.
+    """
+
+    def load(name: str) -> ModuleType:
+        file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

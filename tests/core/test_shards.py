@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import UserError
 from core.modalities import MODALITIES
-from core.shards import Shard, open_shard, write_shard
+from core.shards import HEADER_BYTES, Shard, images_header, open_shard, write_shard
 
 US = MODALITIES.index("us")
 
@@ -166,3 +166,22 @@ def test_a_changed_pixel_is_found_by_verification_only(tmp_path: Path) -> None:
     open_shard(directory)
     with pytest.raises(UserError, match=r"images\.npy' is damaged: its sha256"):
         open_shard(directory, verify=True)
+
+
+def test_a_manifest_may_name_the_window_of_its_ct_images(tmp_path: Path) -> None:
+    manifest = write_shard(tmp_path / "s", small_shard()) / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    assert "ct_window" not in facts
+    manifest.write_text(json.dumps({**facts, "ct_window": [40, 400]}))
+    open_shard(tmp_path / "s", verify=True)
+    manifest.write_text(json.dumps({**facts, "ct_window": [40]}))
+    with pytest.raises(UserError, match="ct_window"):
+        open_shard(tmp_path / "s")
+
+
+def test_the_header_written_by_hand_is_the_one_numpy_writes(tmp_path: Path) -> None:
+    for count in (1, 6, 12_345):
+        np.save(tmp_path / "images.npy", np.zeros((count, 8, 8, 3), np.uint8))
+        with open(tmp_path / "images.npy", "rb") as file:
+            assert file.read(HEADER_BYTES) == images_header(count, 8, 3)
+    assert len(images_header(10**12, 1024, 3)) == HEADER_BYTES

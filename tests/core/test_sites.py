@@ -29,6 +29,8 @@ def test_a_site_is_a_shard_or_holds_several(tmp_path: Path) -> None:
     write_shard(tmp_path / "data" / "beta" / "x", tiny_shard("x"))
     write_shard(tmp_path / "data" / "beta" / "y", tiny_shard("y", channels=1))
     (tmp_path / "data" / ".x.partial").mkdir()
+    (tmp_path / "data" / "alpha.report").mkdir()
+    (tmp_path / "data" / "beta" / "x.report").mkdir()
     sites = open_sites(tmp_path / "data")
     assert {name: [s.name for s in shards] for name, shards in sites.items()} == {
         "alpha": ["one"],

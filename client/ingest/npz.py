@@ -1,6 +1,6 @@
-"""From files as a hospital has them to one shard in memory."""
+"""npz files joined in one shard in memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,54 +9,27 @@ from rich.console import Console
 from rich.progress import track
 
 from core.errors import UserError
-from core.import_images import Entry, read_csv, read_folder
 from core.import_npz import read_npz
 from core.modalities import MODALITIES
 from core.shards import Shard
 
 
-def read_sources(
-    sources: Sequence[Path], name: str, px: int, modality: str | None, console: Console
+def read_npz_files(
+    files: Sequence[Path], name: str, modality: str | None, console: Console
 ) -> Shard:
-    """Read npz files, or one image folder, or one CSV, into a shard.
+    """Read npz files into one shard; see `core.import_npz.read_npz` and `join_shards`.
 
     Args:
-        sources: Files or one folder; several only when all are npz files.
+        files: At least one.
         name: The shard's name.
-        px: Side of the images to make; npz files keep theirs.
-        modality: Modality of all images, or None to read it from names, folders or the CSV.
+        modality: Modality of all images, or None to read it from the files' names.
         console: Where the progress bar goes.
 
     Raises:
-        UserError: an unknown modality, sources of mixed kinds, or a source that cannot be read.
+        UserError: a file cannot be read, or they do not go together.
     """
-    if modality is not None and modality not in MODALITIES:
-        raise UserError(f"expected --modality {', '.join(MODALITIES)}, found '{modality}'")
-    missing = [source for source in sources if not source.exists()]
-    if missing:
-        raise UserError(f"source '{missing[0]}' does not exist; check the path")
-    if all(source.suffix == ".npz" for source in sources):
-        bar = track(sources, "reading npz files", console=console)
-        return join_shards(name, [read_npz(source, modality) for source in bar])
-    if len(sources) > 1:
-        raise UserError(
-            "expected npz files, or one image folder, or one CSV as source, "
-            f"found {len(sources)} mixed ones; prepare them one by one"
-        )
-
-    def show_progress(entries: Sequence[Entry]) -> Iterable[Entry]:
-        return track(entries, "reading images", console=console)
-
-    source = sources[0]
-    if source.is_dir():
-        shard = read_folder(source, px, modality, show_progress)
-    elif source.suffix == ".csv":
-        if modality is not None:
-            raise UserError("a CSV names the modality of each image; leave --modality out")
-        shard = read_csv(source, px, show_progress)
-    else:
-        raise UserError(f"source '{source}' is no npz file, folder or CSV; give one of these")
-    return join_shards(name, [shard])
+    bar = track(files, "reading npz files", console=console)
+    return join_shards(name, [read_npz(file, modality) for file in bar])
 
 
 def join_shards(name: str, shards: Sequence[Shard]) -> Shard:
