@@ -58,7 +58,7 @@ class Audit:
             "scalars": scalars or {},
             "seconds": round(seconds, 3),
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         # One write on an O_APPEND descriptor: lines of two processes do not mix.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         descriptor = os.open(self.directory / FILE, flags, 0o600)

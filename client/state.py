@@ -37,7 +37,7 @@ class SiteState:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the study: an orphan of a killed process may still be training the same round."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.directory / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
