@@ -118,6 +118,9 @@ def stored_values(file: DicomFile, index: int) -> NDArray[Any]:
     """
     if file.syntax not in KINDS:
         raise Rejected(Reason.NO_DECODER)
+    plugin = PLUGINS.get(KINDS[file.syntax])
+    if plugin and plugin not in get_decoder(file.syntax).available_plugins:
+        raise Rejected(Reason.NO_DECODER)  # not installed: the file is not to blame
     if file.syntax in UNCOMPRESSED:
         file.stream.seek(file.start)
         return guard(Reason.DAMAGED_PIXELS, lambda: _decode(file, file.stream, index))

@@ -9,6 +9,7 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
@@ -400,6 +401,15 @@ def test_lossless_syntaxes_give_back_every_value(write_dicom, syntax, dtype):
     dataset.compress(syntax, encoding_plugin=plugin)
     dataset.save_as(path)
     assert (stored(path) == values).all()
+
+
+def test_a_decoder_that_is_not_installed_is_not_blamed_on_the_file(write_dicom, monkeypatch):
+    path = write_dicom(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    dataset = dcmread(path)
+    dataset.compress(RLELossless, encoding_plugin="pylibjpeg")
+    dataset.save_as(path)
+    monkeypatch.setattr(type(get_decoder(RLELossless)), "available_plugins", ("pydicom",))
+    assert reason_of(path) is Reason.NO_DECODER
 
 
 COLOUR = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "YBR_FULL"}
