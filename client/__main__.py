@@ -61,7 +61,7 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="CLASS=POLICY",
-            show_default="declared=skip screen=skip ultrasound=mask photo=mask other=accept",
+            show_default="declared=skip screen=skip ultrasound=mask photo=mask other=mask",
             help="What to do with text in the pixels: skip, mask or accept, for a class of images: "
             "declared, screen, ultrasound, photo or other; repeat it, or give one policy for all.",
         ),
