@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from core.address import Address
 from core.config import Recipe, Strict, load_toml
 from core.errors import UserError
 from core.modalities import MODALITIES
 
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
-ADDRESS = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$"
 
 
 def _known(name: str) -> str:
@@ -25,16 +25,6 @@ def _known(name: str) -> str:
 
 
 Modality = Annotated[str, AfterValidator(_known)]
-
-
-def _has_port(address: str) -> str:
-    if not 1 <= int(address.rpartition(":")[2]) <= 65_535:
-        raise ValueError("the port must be from 1 to 65535")
-    return address
-
-
-Address = Annotated[str, Field(pattern=ADDRESS), AfterValidator(_has_port)]
-"""host:port, without https:// before or a path after it; an IPv6 host stands in brackets."""
 
 
 class Refusal(UserError):
@@ -67,7 +57,7 @@ class Policy(Strict):
 
 
 class Coordinator(Strict):
-    """Where the coordinator is; `fedmermed-site check` tries it. None of it changes training."""
+    """Where the coordinator is, for `check`. None of it changes training."""
 
     superlink: Address | None = None
     """What the SuperNode is given as --superlink."""
@@ -112,7 +102,8 @@ def load_site(path: Path) -> SiteConfig:
     """
     site = load_toml(SiteConfig, path, "site file")
     home = path.absolute().parent
-    given = site.coordinator.model_dump(include={"root_certificates", "recipe"}, exclude_none=True)
+    paths = {"root_certificates", "recipe"}
+    given = site.coordinator.model_dump(include=paths, exclude_none=True)
     files = {key: str(home / file) for key, file in given.items()}
     return site.model_copy(
         update={

@@ -17,11 +17,17 @@ from core.errors import UserError
 Arrays = dict[str, NDArray[Any]]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: after a crash at any instant it holds the old bytes or the new."""
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Replace `path` by `data`: after a crash at any instant it holds the old bytes or the new.
+
+    Args:
+        path: The file.
+        data: Its new bytes.
+        mode: Its permissions, less the umask; they hold before the first byte is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "wb") as file:
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from threading import Thread
 from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from core.address import split_address
 from core.errors import UserError
 
 P = ParamSpec("P")
@@ -48,8 +49,7 @@ class Answer:
 
 def target_of(address: str, root_certificates: str | None = None) -> Target:
     """Take 'host:port' apart."""
-    host, _, port = address.rpartition(":")
-    return Target(host.strip("[]"), int(port), root_certificates)
+    return Target(*split_address(address), root_certificates)
 
 
 def within(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

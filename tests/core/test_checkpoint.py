@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     commit_directory(aside, final)
     assert (final / "file").read_text() == "1"
     assert not aside.exists()
+
+
+def test_a_private_file_is_its_owners_from_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (seen.append(os.fstat(number).st_mode & 0o777), sync(number))
+    )
+    write_atomically(tmp_path / "key", b"secret", mode=0o600)
+    assert seen[0] == 0o600
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
