@@ -291,6 +291,24 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def join(
+    kit: Annotated[
+        Path, typer.Argument(metavar="SITE.toml|KIT", help="The site's file, or its directory.")
+    ],
+    port: Annotated[
+        int, typer.Option(min=1, max=65_535, help="Loopback port of the SuperNode's own programs.")
+    ] = 9094,
+) -> None:
+    """Take part in the study: start Flower's SuperNode over TLS, with this site's key.
+
+    Runs until it is stopped, and waits for a coordinator that is not there yet.
+    """
+    from client.join import join as start
+
+    start(kit / "site.toml" if kit.is_dir() else kit, port)
+
+
 def main() -> None:
     """Entry point of the `fedmermed-site` script."""
     run_command_line(app)

@@ -57,12 +57,14 @@ class Policy(Strict):
 
 
 class Coordinator(Strict):
-    """Where the coordinator is, for `check`. None of it changes training."""
+    """Where the coordinator is, for `check` and `join`. None of it changes training."""
 
     superlink: Address | None = None
     """What the SuperNode is given as --superlink."""
     root_certificates: Annotated[str, Field(min_length=1)] | None = None
     """What the SuperNode is given as --root-certificates, relative to this file."""
+    private_key: Annotated[str, Field(min_length=1)] | None = None
+    """By which the coordinator knows this site's SuperNode, relative to this file."""
     health: Address | None = None
     """The SuperLink's gRPC health service, where the coordinator lets sites reach it."""
     recipe: Annotated[str, Field(min_length=1)] | None = None
@@ -102,7 +104,7 @@ def load_site(path: Path) -> SiteConfig:
     """
     site = load_toml(SiteConfig, path, "site file")
     home = path.absolute().parent
-    paths = {"root_certificates", "recipe"}
+    paths = {"root_certificates", "private_key", "recipe"}
     given = site.coordinator.model_dump(include=paths, exclude_none=True)
     files = {key: str(home / file) for key, file in given.items()}
     return site.model_copy(

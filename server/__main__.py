@@ -1,4 +1,4 @@
-"""`fedmermed-server`: run a federation on one machine, release its model, have sites measure it."""
+"""`fedmermed-server`: admit sites, run a federation, release its model, have sites measure it."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Below those lines, for that reason.
 from server.engines import EngineName
 
-app = new_app("Coordinate a study: simulate a federation, export and evaluate its model.")
+app = new_app(
+    "Coordinate a study: admit sites, simulate a federation, export and evaluate its model."
+)
 
 
 @app.command()
@@ -82,6 +84,40 @@ def evaluate(
         model, data=data, out=out, probe_data=probe_data, last_blocks=last_blocks,
         neighbours=neighbours,
     )  # fmt: skip
+
+
+@app.command()
+def provision(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The coordinator's directory; private.")
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where sites reach you; the first time."),
+    ] = None,
+    sites: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Sites that take part; only new ones are added.")
+    ] = "",
+    days: Annotated[
+        int, typer.Option(min=1, max=3650, help="Life of a server certificate made now.")
+    ] = 365,
+    renew_server: Annotated[
+        bool, typer.Option("--renew-server", help="New server key and certificate, same CA.")
+    ] = False,
+    rotate: Annotated[
+        str | None, typer.Option(metavar="SITE", help="Give a site a new key.")
+    ] = None,
+    revoke: Annotated[str | None, typer.Option(metavar="SITE", help="Retire a site's key.")] = None,
+) -> None:
+    """Make certificates, and a start-up kit a site; say what to run to admit or refuse a key."""
+    from server.provision import provision as run
+
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    for line in run(
+        directory, address=address, sites=names, days=days, renew_server=renew_server,
+        rotate=rotate, revoke=revoke,
+    ):  # fmt: skip
+        typer.echo(line)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def certificate(target: Target) -> Finding:
         with within(secure, target) as connection:
             details, version = connection.getpeercert(), connection.version()
     except ssl.SSLCertVerificationError as error:
-        return _untrusted(error, target)
+        return untrusted(error, target)
     except OSError as error:  # SSLError is one too
         if speaks_plain_http(target):
             return red(
@@ -164,7 +164,7 @@ def health(address: str) -> Finding:
     return green(f"{address} is serving")
 
 
-def _untrusted(error: ssl.SSLCertVerificationError, target: Target) -> Finding:
+def untrusted(error: ssl.SSLCertVerificationError, target: Target) -> Finding:
     """Why the certificate was not accepted, and who can mend it."""
     renew = "Ask the coordinator for a certificate"
     code, by = error.verify_code, f"'{target.root_certificates}'"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from client.check import data, machine, network, training
 from client.check.connection import target_of
-from client.check.findings import Status, from_error, yellow
+from client.check.findings import Finding, Status, from_error, green, yellow
 from client.check.table import Board
+from client.join import check_private_key
 from client.site import Coordinator, SiteConfig
 from core.config import Recipe, load_recipe
 from core.errors import UserError
@@ -93,8 +94,15 @@ def _coordinator(board: Board, coordinator: Coordinator) -> None:
             board.run("control path", network.control, target)
         if (tls := board.findings.get("TLS")) and tls.status != Status.RED:
             board.run("clock", network.clock, target)
+    if coordinator.private_key is not None:
+        board.run("site key", _site_key, Path(coordinator.private_key))
     if coordinator.health is not None:
         board.run("health", network.health, coordinator.health)
+
+
+def _site_key(file: Path) -> Finding:
+    check_private_key(file)
+    return green(f"'{file}', private")
 
 
 def _machine(

@@ -9,6 +9,7 @@ import pytest
 from client.__main__ import main
 from client.check.training import Measured
 from core.checkpoint import read_json, sha256_file, write_json
+from server.certificates import new_key, private_ssh
 
 
 @pytest.fixture
@@ -100,6 +101,22 @@ def test_without_a_recipe_the_rest_is_checked(check, site_file):
     assert "--recipe" in lines["recipe"]["remedy"]
     assert lines["device"]["status"] == "green"
     assert found["recipe"] == ""
+
+
+def test_a_key_that_others_may_read_is_a_red_line(check, site_file, quick):
+    key = site_file.with_name("site.key")
+    key.write_bytes(private_ssh(new_key()))
+    text = site_file.read_text()
+    site_file.write_text(f"{text}[coordinator]\nprivate_key = 'site.key'\n")
+    key.chmod(0o644)
+    status, _, _, lines = check(site_file)
+    assert status == 1
+    assert "open to others" in lines["site key"]["found"]
+    assert lines["site key"]["remedy"].startswith("Run: chmod 600")
+    key.chmod(0o600)
+    status, _, _, lines = check(site_file)
+    assert status == 0
+    assert lines["site key"]["status"] == "green"
 
 
 def test_a_bad_recipe_is_a_red_line(check, site_file, recipe_file, quick):

@@ -1,0 +1,171 @@
+"""Real SuperLinks and SuperNodes, started from what `provision` made."""
+
+import datetime as dt
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from server.certificates import make_server_certificate, read_certificate, read_key
+from server.processes import free_port
+from server.provision import provision
+
+BIN = Path(sys.executable).parent
+SECONDS = 120
+
+
+def environment(directory):
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    proxies = {name for name in os.environ if name.lower().endswith("_proxy")}
+    kept = {name: value for name, value in os.environ.items() if name not in proxies}
+    return kept | quiet | {"PATH": path, "FLWR_HOME": str(directory)}
+
+
+@contextmanager
+def running(log, words, *, home):
+    """A process whose output goes to `log`; at the end it and its group are gone."""
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment(home),
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def superlink(study, port):
+    """A SuperLink with node authentication, from the coordinator's directory alone."""
+    words = [
+        BIN / "flower-superlink", "--host", "127.0.0.1", "--port", port, "--isolation", "process",
+        "--ssl-ca-certfile", study / "ca.crt", "--ssl-certfile", study / "server.crt",
+        "--ssl-keyfile", study / "server.key", "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation", "--database", study / "superlink.db",
+    ]  # fmt: skip
+    log = study / "superlink.log"
+    with running(log, words, home=study / "flower") as process:
+        wait_for(lambda: "Uvicorn running" in log.read_text(), process, log)
+        yield
+
+
+def wait_for(ready, process, log):
+    deadline = time.monotonic() + SECONDS
+    while not ready():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+
+
+def ends(process):
+    return process.wait(SECONDS)
+
+
+def shell(lines, word, study):
+    """Run the one command among printed lines that holds this word."""
+    [line] = [line for line in lines if f" {word} " in line and "FLWR_HOME=" in line]
+    done = subprocess.run(
+        ["sh", "-c", line], env=environment(study / "flower"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def nodes(study):
+    """Node id -> status, as Flower's own list tells."""
+    done = subprocess.run(
+        [BIN / "flwr", "supernode", "list", "fedmermed", "--format", "json"],
+        env=environment(study / "flower"), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return {node["node-id"]: node["status"] for node in json.loads(done.stdout)["nodes"]}
+
+
+def registered(study):
+    """Ids of the nodes that were registered."""
+    files = (study / "registered").iterdir()
+    return {str(json.loads(file.read_text())["node-id"]) for file in files}
+
+
+def join(site, log):
+    words = [sys.executable, "-m", "client", "join", site, "--port", free_port()]
+    return running(log, words, home=site / "flower")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A provisioned directory of one site, whose SuperLink will listen on a free port."""
+    directory, port = tmp_path / "study", free_port()
+    list(provision(directory, address=f"localhost:{port}", sites=["st-mary"]))
+    config = directory / "flower" / "config.toml"
+    config.write_text(config.read_text().replace("8000", str(port)))
+    return directory, port
+
+
+def test_a_registered_site_joins_and_strangers_and_retired_keys_do_not(study, tmp_path):
+    directory, port = study
+    site = tmp_path / "st-mary"
+    shutil.move(directory / "kits" / "st-mary", site)  # handed over
+    with superlink(directory, port):
+        with join(site, tmp_path / "stranger.log") as stranger:  # provisioned, not admitted yet
+            assert ends(stranger) != 0
+        assert "Failed to activate SuperNode" in (tmp_path / "stranger.log").read_text()
+
+        shell(provision(directory), "register", directory)
+        [first] = registered(directory)
+        with join(site, log := tmp_path / "site.log") as node:
+            wait_for(lambda: nodes(directory)[first] == "online", node, log)
+            command = Path(f"/proc/{node.pid}/cmdline").read_bytes().split(b"\0")
+            assert str(BIN / "flower-supernode").encode() in command  # it became the SuperNode
+
+        lines = list(provision(directory, rotate="st-mary"))
+        shell(lines, "unregister", directory)
+        shell(lines, "register", directory)
+        with join(site, tmp_path / "old.log") as old:
+            assert ends(old) != 0
+        assert "Failed to activate SuperNode" in (tmp_path / "old.log").read_text()
+        shutil.copy(directory / "kits" / "st-mary" / "site.key", site / "site.key")
+        with join(site, log := tmp_path / "new.log") as node:
+            [second] = registered(directory) - {first}
+            wait_for(lambda: nodes(directory)[second] == "online", node, log)
+            shell(provision(directory, revoke="st-mary"), "unregister", directory)
+            ends(node)  # one that runs is sent away too
+        assert set(nodes(directory).values()) == {"unregistered"}
+
+
+def test_an_expired_certificate_is_refused_by_join_and_by_flower(study, tmp_path):
+    directory, port = study
+    born = dt.datetime.now(dt.UTC) - dt.timedelta(days=31)
+    expired = make_server_certificate(
+        read_certificate(directory / "ca.crt"), read_key(directory / "ca.key"),
+        read_key(directory / "server.key"), "localhost", born, 30,
+    )  # fmt: skip
+    (directory / "server.crt").write_bytes(expired.public_bytes(Encoding.PEM))
+    kit = directory / "kits" / "st-mary"
+    with superlink(directory, port):
+        with join(kit, tmp_path / "join.log") as process:
+            assert ends(process) == 2
+        said = (tmp_path / "join.log").read_text()
+        assert said.startswith(f"error: localhost:{port}: the certificate has expired; Ask the")
+        words = [
+            BIN / "flower-supernode", "--superlink", f"localhost:{port}", "--port", free_port(),
+            "--root-certificates", kit / "ca.crt",
+            "--auth-supernode-private-key", kit / "site.key",
+        ]  # fmt: skip
+        with running(tmp_path / "plain.log", words, home=tmp_path) as process:
+            assert ends(process) != 0
+        assert "CERTIFICATE_VERIFY_FAILED" in (tmp_path / "plain.log").read_text()
