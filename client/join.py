@@ -143,5 +143,5 @@ def _environment(site: SiteConfig, outer: Mapping[str, str]) -> dict[str, str]:
         "FLWR_HOME": str(site.state_path / "flower"),
         **outer,
         **QUIET,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), outer.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), outer.get("PATH", os.defpath)]),
     }

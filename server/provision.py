@@ -123,6 +123,8 @@ def provision(
     for site in (*sites, *filter(None, (rotate, revoke))):
         if not SITE_NAME.fullmatch(site):
             raise UserError(f"site name '{site}' is not of letters, digits, '.', '_' and '-'")
+    if rotate is not None and rotate == revoke:
+        raise UserError(f"site '{rotate}' can be rotated or revoked, not both; leave one out")
     _make_private(directory.absolute())
     place = Provisioned(directory.absolute(), _settle_address(directory, address, renew_server))
     for site in filter(None, (rotate, revoke)):

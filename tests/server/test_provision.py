@@ -208,6 +208,7 @@ def test_a_failed_registration_is_asked_for_again(place):
         ({"address": ADDRESS, "sites": ["../a"]}, "site name '../a'"),
         ({"address": ADDRESS, "rotate": "z"}, "site 'z' is not provisioned"),
         ({"address": ADDRESS, "revoke": "z"}, "site 'z' is not provisioned"),
+        ({"address": ADDRESS, "rotate": "z", "revoke": "z"}, "rotated or revoked, not both"),
     ],
 )
 def test_a_bad_request_is_refused_before_a_key_is_made(tmp_path, options, words):
