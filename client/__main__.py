@@ -309,6 +309,40 @@ def join(
     start(kit / "site.toml" if kit.is_dir() else kit, port)
 
 
+@app.command()
+def audit(
+    site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site's file.")],
+    study: Annotated[
+        str, typer.Option(metavar="ID", help="Only a study's lines; its id's first digits do.")
+    ] = "",
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print all of it as JSON, not as a table.")
+    ] = False,
+) -> None:
+    """What came to this site and what left it; verifies the whole audit file.
+
+    Ends with status 1 when a line was changed, removed, inserted or moved. Note the head that is
+    printed elsewhere: the line after it holds it for good, or the file was written anew.
+    """
+    import json
+
+    from client.audit_table import as_json, remarks, select, table
+    from client.chain import read
+    from client.site import load_site
+
+    site = load_site(site_file)
+    chain = read(site.state_path)
+    lines = select(chain, study)
+    if json_output:
+        typer.echo(json.dumps(as_json(chain, site.name, lines), indent=1))
+    else:
+        console.print(table(lines))
+        for remark in remarks(chain):
+            console.print(remark, soft_wrap=True, highlight=False)
+    if chain.problem:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of the `fedmermed-site` script."""
     run_command_line(app)

@@ -1,19 +1,35 @@
 """The audit file: one line for every message in or out, for the hospital's privacy office.
 
 It says what crossed the wire by name, shape, size and digest; it holds no pixel, no patient key
-and no path of an image.
+and no path of an image. Each line holds the digest of those before it (client.chain).
+
+**Guarantees**, against who changes the file and not `audit.head` beside it:
+    - A changed line is found, the last one too.
+    - A removed line is found, at the end too.
+    - A line put in another place is found.
+    - An inserted line is found, at the end too.
+    - Such a fault is still found after the site has written more lines.
+
+For a site whose processes die at any instant, of which several may be at work:
+    - A line cut short is no fault; it stays, and the next to be written is preceded by its record.
+    - Lines of all studies and processes form one chain.
+    - Nothing leaves before the line that tells of it is on the disk.
+    - Lines from before lines held digests can be read, are told apart, and cannot be changed
+      unseen once a line with a digest follows.
+
+**Not guaranteed:** who can write both files can write a new chain, or delete all and begin one;
+only a digest noted elsewhere shows that. When a process died while it wrote a line, the removal of
+that line passes for an earlier death. A message that comes while the site file cannot be read has
+no line: that file says where lines go.
 """
 
-import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from client.chain import append
 from core.checkpoint import Arrays, sha256_arrays
-
-FILE = "audit.jsonl"
 
 
 @dataclass(frozen=True)
@@ -58,12 +74,4 @@ class Audit:
             "scalars": scalars or {},
             "seconds": round(seconds, 3),
         }
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # One write on an O_APPEND descriptor: lines of two processes do not mix.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        descriptor = os.open(self.directory / FILE, flags, 0o600)
-        try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        append(self.directory, line)

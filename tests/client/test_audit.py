@@ -5,6 +5,7 @@ import stat
 import numpy as np
 
 from client.audit import Audit
+from client.chain import read
 from core.checkpoint import sha256_arrays
 
 
@@ -19,6 +20,7 @@ def test_a_line_says_what_crossed_the_wire(tmp_path):
     )
     (line,) = lines(tmp_path)
     assert line.pop("time").startswith("20")
+    assert line.pop("previous") == "0" * 64
     assert line == {
         "direction": "out",
         "message": "train",
@@ -31,6 +33,14 @@ def test_a_line_says_what_crossed_the_wire(tmp_path):
         "scalars": {"num_examples/ct": 5},
         "seconds": 2,
     }
+
+
+def test_the_lines_of_several_studies_form_one_chain(tmp_path):
+    for study in ("ab" * 16, "cd" * 16, "ab" * 16):
+        Audit(tmp_path, study).write("in", "train", "accepted for checking")
+    assert [line["study"][:2] for line in lines(tmp_path)] == ["ab", "cd", "ab"]
+    chain = read(tmp_path)
+    assert (chain.problem, chain.head.lines) == ("", 3)
 
 
 def test_lines_are_appended_and_private_to_the_owner(tmp_path):
@@ -53,3 +63,4 @@ def test_lines_of_two_processes_do_not_mix(tmp_path):
     for writer in writers:
         writer.join()
     assert len(lines(tmp_path)) == 40
+    assert read(tmp_path).problem == ""
