@@ -10,6 +10,8 @@ import importlib.metadata
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,7 +79,8 @@ def _guarded(message: Message, context: Context, kind: str) -> Message:
 
 
 def _query(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
-    study = str(message.content.config_records["config"]["study"])[:64]
+    with _failure_audited(audit, "query", understood=False):
+        study = str(message.content.config_records["config"]["study"])[:64]
     audit = replace(audit, study=study)
     audit.write("in", "query", "accepted")
     try:
@@ -90,21 +93,12 @@ def _query(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
 
 def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
     started = time.monotonic()
-    try:
+    with _failure_audited(audit, "train", understood=False):
         request = _read(message)
-    except (Refusal, UserError) as error:
-        audit.write("in", "train", f"not understood: {error}")
-        raise Refusal(str(error)) from None
     audit = replace(audit, study=request.study, round_number=request.round_number)
     audit.write("in", "train", "accepted for checking", arrays=request.arrays)
-    try:
+    with _failure_audited(audit, "train"):
         update, trained = answer(site, request)
-    except Exception as error:
-        # A refusal is plain; another error may name a path, which has no place in the audit file.
-        why = str(error) if isinstance(error, Refusal) else type(error).__name__
-        seconds = time.monotonic() - started
-        audit.write("out", "train", f"not done: {why}", seconds=seconds)
-        raise
     arrays, metrics = update.to_arrays(), update.to_metrics()
     audit.write(
         "out", "train", "trained and sent" if trained else "stored reply sent again",
@@ -115,21 +109,14 @@ def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
 
 def _evaluate(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
     started = time.monotonic()
-    try:
+    with _failure_audited(audit, "evaluate", understood=False):
         request, arrays = _read_evaluation(message)
-    except Refusal as refusal:
-        audit.write("in", "evaluate", f"not understood: {refusal}")
-        raise
     audit = replace(audit, study=request.study)
     audit.write("in", "evaluate", "accepted for checking", arrays=arrays)
-    try:
+    with _failure_audited(audit, "evaluate"):
         from client.evaluation import measure  # imports torch
 
         reply = measure(site, request, arrays)
-    except Exception as error:
-        why = str(error) if isinstance(error, Refusal) else type(error).__name__
-        audit.write("out", "evaluate", f"not done: {why}", seconds=time.monotonic() - started)
-        raise
     audit.write(
         "out", "evaluate", "measured and sent", arrays=reply.histograms,
         scalars={**reply.metrics, **reply.notes}, seconds=time.monotonic() - started,
@@ -141,6 +128,21 @@ def _evaluate(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
             "notes": ConfigRecord(dict(reply.notes)),
         }
     )
+
+
+@contextmanager
+def _failure_audited(audit: Audit, kind: str, *, understood: bool = True) -> Iterator[None]:
+    """Write the line of an error reply, and of a message in that was not understood."""
+    started = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        # A refusal is plain; another error may name a path, which has no place in the audit file.
+        why = str(error) if isinstance(error, Refusal) else type(error).__name__
+        if not understood:
+            audit.write("in", kind, f"not understood: {why}")
+        audit.write("out", kind, f"not done: {why}", seconds=time.monotonic() - started)
+        raise
 
 
 def _read(message: Message) -> Request:
@@ -157,11 +159,15 @@ def _read(message: Message) -> Request:
     for key, kind in kinds.items():
         if type(config[key]) is not kind:
             raise Refusal(f"'{key}' in the message is not of type {kind.__name__}")
+    try:
+        recipe = recipe_from_json(str(config["recipe"]), "the coordinator's recipe")
+    except UserError as error:
+        raise Refusal(str(error)) from None
     return Request(
         study=str(config["study"]),
         round_number=int(config["round"]),  # type: ignore[arg-type]
         step=int(config["step"]),  # type: ignore[arg-type]
-        recipe=recipe_from_json(str(config["recipe"]), "the coordinator's recipe"),
+        recipe=recipe,
         arrays=_arrays(records.array_records["arrays"]),
     )
 

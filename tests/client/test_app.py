@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.app import app
+from client.chain import append, read
 from core.wire import metric_is_declared
 from server.grid import FIRST_NODE_ID, InProcessGrid
 from server.study import initial_state
@@ -106,7 +107,40 @@ def test_a_bad_request_is_refused_in_plain_words_and_audited(case, make_sites, r
     assert reply.has_error()
     assert words in reply.error.reason
     assert words in json.dumps(audit(file))
+    assert [line["direction"] for line in audit(file)] == ["in", "out"]
     assert not list((file.parent / "state").glob("**/round-*"))
+
+
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+def test_a_message_of_another_shape_and_the_answer_to_it_are_audited(kind, make_sites):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    records = RecordDict({"arrays": ConfigRecord({}), "config": ConfigRecord({})})
+    reply = ask(file, lambda: Message(records, FIRST_NODE_ID, kind))
+    assert reply.has_error()
+    incoming, outgoing = audit(file)
+    assert (incoming["direction"], incoming["message"]) == ("in", kind)
+    assert incoming["decision"].startswith("not understood: ")
+    assert (outgoing["direction"], outgoing["message"]) == ("out", kind)
+    assert outgoing["decision"].startswith("not done: ")
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_nothing_leaves_when_its_line_cannot_be_written(direction, make_sites, recipe, monkeypatch):
+    (file,) = make_sites({"st-mary": ["ct"]})
+
+    def fail(directory, line):
+        if line["direction"] == direction:
+            raise OSError(28, "No space left on device")
+        append(directory, line)
+
+    monkeypatch.setattr("client.audit.append", fail)
+    reply = ask(file, lambda: train_message(recipe))
+    assert not reply.has_content()
+    assert reply.error.reason == "the site could not do this (OSError); its log says why"
+    monkeypatch.undo()
+    again = ask(file, lambda: train_message(recipe))
+    assert set(again.content["arrays"]) == expected_arrays(recipe, ["ct"])
+    assert read(file.parent / "state").problem == ""
 
 
 def test_weights_that_do_not_fit_leave_no_trace_in_the_state(make_sites, recipe):
