@@ -321,8 +321,8 @@ def audit(
 ) -> None:
     """What came to this site and what left it; verifies the whole audit file.
 
-    Ends with status 1 when a line was changed, removed, inserted or moved. Note the head that is
-    printed elsewhere: the line after it holds it for good, or the file was written anew.
+    Ends with status 1 when a line was changed, removed, inserted or moved. The last line printed is
+    the head: once noted elsewhere, it shows whether the file was written anew.
     """
     import json
 

@@ -49,7 +49,7 @@ def table(lines: list[tuple[int, Entry]]) -> Table:
 
 
 def remarks(chain: Chain) -> Iterator[str]:
-    """What can be said of the chain, a line each; the last is its head."""
+    """What can be said of the chain, a line each; of one without a fault, its head comes last."""
     lines, first = chain.head.lines, chain.first_chained
     unchained = first - 1 if first else lines
     if any(chain.entries[:unchained]):
@@ -59,9 +59,10 @@ def remarks(chain: Chain) -> Iterator[str]:
         yield "the last line was cut short by a kill, a crash or a full disk; the next records it"
     if chain.problem:
         yield f"[bold red]broken:[/] {escape(chain.problem)}"
-    elif first:
+        return
+    if first:
         yield f"[bold green]whole:[/] lines {first:,} to {lines:,} follow from one another"
-    yield f"head: {chain.head.sha256} after line {lines:,}"
+    yield f"head: {chain.head.sha256} after line {lines:,}; note it elsewhere now and then"
 
 
 def as_json(chain: Chain, site: str, lines: list[tuple[int, Entry]]) -> dict[str, Any]:

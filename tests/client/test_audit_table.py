@@ -66,6 +66,7 @@ def test_a_study_is_shown_alone_and_all_is_verified(site, audit):
     status, output, _ = audit(site, "--study", "cd")
     assert (status, [row[0] for row in rows(output)]) == (1, ["3"])
     assert "broken: line 2 does not follow from line 1" in output
+    assert "head: " not in output
 
 
 def test_json_holds_everything(site, audit):
