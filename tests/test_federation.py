@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from client.chain import read
 from core.checkpoint import sha256_file
 from core.errors import UserError
 from core.initial import initial_state
@@ -191,6 +192,8 @@ def test_killed_at_random_and_after_rounds_a_simulation_ends_with_the_same_hash(
     assert len(read_history(out)) == 4
     for name in ("round-0004.safetensors", "model.safetensors"):
         assert (whole / name).read_bytes() == (out / name).read_bytes()
+    chains = [read(state) for state in out.glob("sites/*/state")]
+    assert [chain.problem for chain in chains] == ["", ""]
 
 
 def _messages(out):
