@@ -4,17 +4,25 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from core.errors import UserError
 
 Arrays = dict[str, NDArray[Any]]
+
+_TYPES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32",
+    "int32": "I32", "float16": "F16", "uint16": "U16", "int16": "I16", "int8": "I8",
+    "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""numpy's names of types -> those of safetensors, in the order in which a file holds them."""
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
@@ -25,10 +33,16 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         data: Its new bytes.
         mode: Its permissions, less the umask; they hold before the first byte is written.
     """
+    with _replaced(path, mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def _replaced(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -77,24 +91,43 @@ def read_json(path: Path) -> Any:
 def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> str:
     """Write named arrays as safetensors, atomically; returns the sha256 of the file in hex.
 
-    Arrays are stored in sorted order, so equal contents give equal files.
+    Arrays are stored in sorted order, so equal contents give equal files. They are written one by
+    one: the library's own writer copies all of them, twice, and orders metadata at random.
     """
-    ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
-    data = _with_sorted_metadata(save(ordered, metadata))
-    write_atomically(path, data)
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    with _replaced(path) as file:
+        for data in _file_parts(arrays, metadata):
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """Rewrite the header: the library writes metadata in an order that differs by process."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    if len(header.get("__metadata__", ())) < 2:
-        return data
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
+def _file_parts(arrays: Arrays, metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
+    """A safetensors file: the header's length, the header, then each array's bytes."""
+    ranks = list(_TYPES)
+    order = sorted(arrays, key=lambda name: (ranks.index(arrays[name].dtype.name), name))
+    header: dict[str, Any] = {}
+    if metadata is not None:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    end = 0
+    for name in order:
+        begin, end = end, end + arrays[name].nbytes
+        header[name] = {
+            "dtype": _TYPES[arrays[name].dtype.name],
+            "shape": arrays[name].shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns what follows to 8 bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield _plain_bytes(arrays[name])
+
+
+def _plain_bytes(array: NDArray[Any]) -> memoryview:
+    """An array's little-endian bytes in C order, without a copy where it lies so already."""
+    plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+    return plain.reshape(-1).view(np.uint8).data
 
 
 def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from core.checkpoint import (
     commit_directory,
@@ -39,6 +40,22 @@ def test_equal_contents_give_equal_files_in_every_process(tmp_path: Path) -> Non
     loaded, metadata = load_arrays(tmp_path / "x.safetensors")
     assert loaded["x"].tolist() == np.ones((3, 5)).tolist()
     assert metadata == {name: name for name in "abcdefgh"}
+
+
+def test_a_file_is_what_the_safetensors_library_would_write(tmp_path: Path) -> None:
+    names = "bool uint8 int8 int16 uint16 float16 int32 uint32 float32 float64 int64 uint64"
+    arrays = {f"{n[-2:]}/{n}": np.arange(3).astype(n) for n in names.split()}
+    arrays |= {"scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 4), np.float32)}
+    arrays |= {"columns": np.ones((2, 3), order="F"), "\u00e9": np.ones(1, np.float32)}
+    for metadata in (None, {}, {"round": "3"}):
+        save_arrays(tmp_path / "x", arrays, metadata)
+        rows = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        assert (tmp_path / "x").read_bytes() == save(rows, metadata)
+
+
+def test_big_endian_arrays_keep_their_values(tmp_path: Path) -> None:
+    save_arrays(tmp_path / "x", {"x": np.arange(3, dtype=">f4")})
+    assert load_arrays(tmp_path / "x")[0]["x"].tolist() == [0, 1, 2]
 
 
 def test_a_digest_tells_names_shapes_and_types_apart() -> None:
