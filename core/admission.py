@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.checkpoint import Arrays
 from core.config import Recipe
@@ -136,7 +137,9 @@ def _check_metrics(metrics: Mapping[str, Any], max_examples: int) -> dict[str, i
     return examples
 
 
-def _check_distance(what: str, sent: Arrays, reference: Arrays, limit: float) -> None:
+def _check_distance(
+    what: str, sent: Mapping[str, NDArray[Any]], reference: Arrays, limit: float
+) -> None:
     moved = np.sqrt(sum(_squares(sent[n].astype(np.float64) - reference[n]) for n in sorted(sent)))
     size = np.sqrt(sum(_squares(reference[n].astype(np.float64)) for n in sorted(sent)))
     if not moved <= limit * size:

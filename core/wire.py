@@ -23,9 +23,11 @@ Up, an EvaluationReply:
   "notes"      ConfigRecord  skipped/<modality>, pooling/<modality>: why something was not sent
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
+from numpy.typing import NDArray
 from pydantic import Field
 
 from core.checkpoint import Arrays
@@ -99,8 +101,8 @@ class GlobalState:
 class SiteUpdate:
     """What a site sends back after a round; `teacher` is empty when the server rebuilds it."""
 
-    student: Arrays
-    teacher: Arrays
+    student: Mapping[str, NDArray[Any]]
+    teacher: Mapping[str, NDArray[Any]]
     prototypes: Prototypes
     num_examples: dict[str, int]
     """modality -> training images"""
@@ -116,7 +118,11 @@ class SiteUpdate:
         return {**counts, **self.metrics}
 
 
-def flatten(student: Arrays, teacher: Arrays, prototypes: Prototypes) -> Arrays:
+def flatten(
+    student: Mapping[str, NDArray[Any]],
+    teacher: Mapping[str, NDArray[Any]],
+    prototypes: Prototypes,
+) -> Arrays:
     """Prefix each group of arrays with its wire name."""
     groups = {
         STUDENT: student,

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.checkpoint import Arrays
 from core.config import Recipe
@@ -34,10 +36,11 @@ def balanced_weights(num_examples: Mapping[str, Mapping[str, int]]) -> dict[str,
     }
 
 
-def weighted_mean(groups: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
+def weighted_mean(groups: Sequence[Mapping[str, NDArray[Any]]], weights: Sequence[float]) -> Arrays:
     """Mean of named arrays, summed in float64 in the order given; the result is float32.
 
-    One group of weight 1 comes back bit for bit.
+    One group of weight 1 comes back bit for bit. Each array is asked for once, when its turn comes:
+    groups that read from a disk need memory for few arrays, however many groups there are.
     """
     mean: Arrays = {}
     for name in groups[0]:
@@ -70,7 +73,8 @@ def aggregate(
         recipe: The study.
         state: The global state that the sites were sent.
         contributions: Site -> the prototypes it last sent, decayed while it is absent.
-        updates: Site -> its admitted update, one at the least; their order changes nothing.
+        updates: Site -> its admitted update, one at the least; their order changes nothing, and
+            neither does whether their arrays lie in memory or in a spool.
         round_number: The round, from 1.
 
     Returns:

@@ -1,12 +1,16 @@
 """A Flower Grid in one process: real apps, real messages, no network.
 
 Every message is taken apart and put together again by Flower's own code, as on a real wire. Sites
-work one after the other.
+work one after the other, each when its reply is asked for. And how to get the replies of any grid
+one by one, so that they need not be in memory together.
 """
 
+import ctypes
 import itertools
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -19,6 +23,55 @@ from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
 FIRST_NODE_ID = 1000
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BYTES = 1_048_576
+PULL_SECONDS = (0.1, 3.0)
+"""Between two looks for replies, at the least and at the most: a tenth of what was waited so far.
+A SuperLink with a database and large states fails when it is asked more often than every 3 s."""
+
+
+def replies_as_they_come(
+    grid: Grid, messages: Iterable[Message], timeout: float
+) -> Iterator[Message]:
+    """Send messages now, and hand over each reply when it is there, before the next is fetched.
+
+    Flower's own `send_and_receive` keeps all replies until the last one has come.
+
+    Args:
+        grid: Reaches the sites.
+        messages: Let go of once they are sent.
+        timeout: Seconds after which missing replies are given up.
+    """
+    if isinstance(grid, InProcessGrid):  # it knows when no reply can come any more
+        return grid.send_and_receive(messages, timeout=timeout)
+    _give_freed_memory_back()
+    return _pulled(grid, [number for number in grid.push_messages(messages) if number], timeout)
+
+
+def _give_freed_memory_back() -> None:
+    """Let the system have arrays as soon as they are freed.
+
+    glibc would keep them for later use, apart for each of the threads that fetch replies: a whole
+    reply and more. Not where sites train in this process, which such keeping makes faster.
+    """
+    with suppress(AttributeError):  # another C library, with its own ways
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def _pulled(grid: Grid, waiting: list[str], timeout: float) -> Iterator[Message]:
+    began, (least, most) = time.monotonic(), PULL_SECONDS
+    while waiting:
+        for number in list(waiting):
+            replies = list(grid.pull_messages([number]))
+            if replies:
+                waiting.remove(number)
+            while replies:
+                yield replies.pop(0)  # no name here may keep it alive
+        waited = time.monotonic() - began
+        if waited >= timeout:
+            return
+        if waiting:
+            time.sleep(min(max(least, waited / 10), most, timeout - waited))
 
 
 class InProcessGrid(Grid):
@@ -40,7 +93,7 @@ class InProcessGrid(Grid):
             FIRST_NODE_ID + i: Context(RUN_ID, FIRST_NODE_ID + i, config, RecordDict(), {})
             for i, config in enumerate(node_configs)
         }
-        self._replies: dict[str, Message] = {}
+        self._undelivered: dict[str, Message] = {}
         self._numbers = itertools.count(1)
         # Flower builds no Message outside a task: this process is one.
         TaskIdentity.task_id = 1
@@ -72,14 +125,13 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver messages; each site answers before the next is asked."""
+        """Take messages; a site gets its own when its reply is pulled."""
         numbers = []
         for message in messages:
             number = f"message-{next(self._numbers)}"
             numbers.append(number)
             message.metadata.__dict__["_message_id"] = number
-            if (reply := self.deliver(_copy(message, number))) is not None:
-                self._replies[number] = _copy(reply, f"reply-to-{number}")
+            self._undelivered[number] = message
         return numbers
 
     def deliver(self, message: Message) -> Message | None:
@@ -92,16 +144,24 @@ class InProcessGrid(Grid):
             return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand over the replies to these messages."""
-        return [
-            self._replies.pop(number) for number in list(message_ids) if number in self._replies
-        ]
+        """Deliver these messages and hand over the replies; each site answers before the next."""
+        numbers = [number for number in message_ids if number in self._undelivered]
+        replies = (self._answer(self._undelivered.pop(number), number) for number in numbers)
+        return [reply for reply in replies if reply is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Deliver messages and hand over the replies; who does not answer now never will."""
-        return self.pull_messages(self.push_messages(messages))
+    ) -> Iterator[Message]:
+        """Deliver messages one by one as replies are asked for; who does not answer never will."""
+        return self._answers(self.push_messages(messages))
+
+    def _answers(self, numbers: Iterable[str]) -> Iterator[Message]:
+        for number in numbers:
+            yield from self.pull_messages([number])  # no name here may keep a reply alive
+
+    def _answer(self, message: Message, number: str) -> Message | None:
+        reply = self.deliver(_copy(message, number))
+        return None if reply is None else _copy(reply, f"reply-to-{number}")
 
 
 def _copy(message: Message, number: str) -> Message:

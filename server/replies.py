@@ -7,6 +7,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from core.admission import Rejected, admit, printable
 from core.checkpoint import Arrays
+from core.collapse import alarm
 from core.config import Recipe
 from core.wire import GlobalState, SiteUpdate
 from server.history import Line
@@ -17,7 +18,7 @@ LOG = logging.getLogger("fedmermed.server")
 def judge(
     reply: Message, *, site: str, round_number: int, reference: GlobalState, recipe: Recipe
 ) -> tuple[SiteUpdate | None, Line]:
-    """Admit a reply, or say why not.
+    """Admit a reply, or say why not; arrays are taken out of it.
 
     Args:
         reply: What came back for this site.
@@ -59,6 +60,16 @@ def mean_metrics(updates: dict[str, SiteUpdate]) -> dict[str, float]:
     return {name: sums[name] / images[name] for name in sorted(sums)}
 
 
+def collapse_alarms(updates: dict[str, SiteUpdate]) -> list[str]:
+    """What the figures of sites say of a collapse, in site order."""
+    return [
+        f"site '{site}': {words}"
+        for site in sorted(updates)
+        for modality in updates[site].num_examples
+        if (words := alarm(updates[site].metrics, modality))
+    ]
+
+
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Arrays as Flower carries them."""
     return ArrayRecord({name: Array(array) for name, array in arrays.items()})
@@ -70,7 +81,7 @@ def count_bytes(content: RecordDict) -> int:
 
 
 def _read(site: str, round_number: int, content: RecordDict) -> tuple[Arrays, dict[str, Any]]:
-    """Take a reply apart.
+    """Take a reply apart, and its arrays out of it.
 
     Raises:
         Rejected: it is not one record of arrays and one of numbers, or an array cannot be decoded.
@@ -82,9 +93,10 @@ def _read(site: str, round_number: int, content: RecordDict) -> tuple[Arrays, di
             f"{where}: the reply is not one 'arrays' and one 'metrics' record; update rejected"
         )
     arrays: Arrays = {}
-    for name, array in content.array_records["arrays"].items():
+    record = content.array_records["arrays"]
+    for name in list(record):
         try:
-            arrays[name] = array.numpy()
+            arrays[name] = record.pop(name).numpy()  # the bytes go as the numbers come
         except Exception as error:  # whatever hostile bytes make numpy raise
             raise Rejected(
                 f"{where}: array '{printable(name, 80)}' cannot be decoded "

@@ -8,18 +8,28 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from core.collapse import alarm
 from core.config import Recipe
 from core.errors import UserError
 from core.wire import SiteUpdate
 from server.aggregate import aggregate
+from server.grid import replies_as_they_come
 from server.history import Checkpoint, Line, RunDirectory, describe_round
-from server.replies import count_bytes, judge, mean_metrics, to_record
+from server.intake import Intake
+from server.replies import collapse_alarms, mean_metrics, to_record
 from server.roster import Roster
+from server.spool import Spool
 
 LOG = logging.getLogger("fedmermed.server")
 POLL_SECONDS = 1.0
@@ -47,7 +57,7 @@ class FederatedMemory(Strategy):
         self.checkpoint = checkpoint
         self.expect_sites = expect_sites
         self.roster = Roster(run.study)
-        self._sent: list[tuple[Message, str]] = []
+        self._sent: list[tuple[Metadata, str]] = []
         self._bytes_down = 0
         self._began = time.monotonic()
         self._seconds: dict[str, float] = {}
@@ -64,23 +74,28 @@ class FederatedMemory(Strategy):
     ) -> Result:
         """Run the rounds that are left, up to `num_rounds`.
 
-        Evaluation is part of a site's train reply, so the last two arguments go unused.
+        The state is read from and written to the checkpoint, and evaluation is part of a site's
+        train reply, so `initial_arrays` and the last two arguments go unused, and the result holds
+        metrics alone. Beside the state, memory holds at most what is being sent, or one reply, or
+        the next state, however many sites there are.
 
         Raises:
             QuorumError: a round missed its quorum; the checkpoint of the one before is intact.
         """
         self.summary()
         result = Result()
-        result.arrays = initial_arrays
         for server_round in range(self.checkpoint.round_number + 1, num_rounds + 1):
             self._began, self._seconds = time.monotonic(), {}
             config = train_config or ConfigRecord()
-            messages = list(self.configure_train(server_round, result.arrays, config, grid))
-            self._lap("wait_for_sites")
-            replies = list(grid.send_and_receive(messages, timeout=timeout))
-            self._lap("exchange")
-            arrays, metrics = self.aggregate_train(server_round, replies)
-            result.arrays = arrays
+            # Nothing here may name the record or the messages: they go once they are sent.
+            replies = replies_as_they_come(
+                grid,
+                self.configure_train(
+                    server_round, to_record(self.checkpoint.state.to_arrays()), config, grid
+                ),
+                timeout,
+            )
+            _, metrics = self.aggregate_train(server_round, replies)
             result.train_metrics_clientapp[server_round] = metrics
         return result
 
@@ -106,50 +121,37 @@ class FederatedMemory(Strategy):
         )
         content = RecordDict({"arrays": arrays, "config": record})
         ttl, group = federation.round_timeout_seconds, str(server_round)
-        self._sent = [
-            (Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=group), site)
-            for site, node in sorted(sites.items())
+        messages = [
+            Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=group)
+            for _, node in sorted(sites.items())
         ]
+        # Not the messages, which hold the state; the grid writes their ids into the metadata.
+        self._sent = list(zip([m.metadata for m in messages], sorted(sites), strict=True))
         self._bytes_down = len(sites) * (arrays.count_bytes() + record.count_bytes())
         LOG.info("round %d of %d: %d sites train", server_round, federation.rounds, len(sites))
-        return [message for message, _ in self._sent]
+        self._lap("wait_for_sites")
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord, MetricRecord]:
+    ) -> tuple[None, MetricRecord]:
         """Admit or reject each reply by site name, aggregate, and make the round durable.
 
         Raises:
             QuorumError: fewer updates than `min_sites` were admitted.
         """
-        site_of = {message.metadata.message_id: site for message, site in self._sent}
-        silent = {"outcome": "silent", "reason": "no reply before the deadline"}
-        outcomes: dict[str, Line] = {site: dict(silent) for site in site_of.values()}
-        for name in sorted(set(self.roster.names.values()) - set(outcomes)):
-            outcomes[name] = {"outcome": "absent", "reason": "not connected"}
-        updates: dict[str, SiteUpdate] = {}
-        bytes_up = 0
-        for reply in replies:
-            # Errors made by the SuperLink bear its own node id: the site is whom we asked.
-            site = site_of.pop(reply.metadata.reply_to_message_id, None)
-            if site is None:
-                LOG.warning("round %d: a reply that nobody was asked for is ignored", server_round)
-                continue
-            if reply.has_content():
-                bytes_up += count_bytes(reply.content)
-            update, outcomes[site] = judge(
-                reply, site=site, round_number=server_round,
-                reference=self.checkpoint.state, recipe=self.recipe,
-            )  # fmt: skip
-            if update is not None:
-                updates[site] = update
-        self._lap("admit")
-        self._require_quorum(server_round, outcomes)
-        checkpoint, weights = self._aggregate(server_round, updates)
+        with Spool(self.run.path) as spool:
+            intake = self._take_in(server_round, replies, spool)
+            updates, outcomes = intake.updates, intake.outcomes
+            for name in sorted(set(self.roster.names.values()) - set(outcomes)):
+                outcomes[name] = {"outcome": "absent", "reason": "not connected"}
+            self._require_quorum(server_round, outcomes)
+            checkpoint, weights = self._aggregate(server_round, updates)
         self._lap("aggregate")
         for site, weight in weights.items():
             outcomes[site]["weight"] = weight
-        alarms = self._alarms(updates)
+        for words in (alarms := collapse_alarms(updates)):
+            LOG.warning("%s", words)
         line = self.run.commit(
             checkpoint,
             {
@@ -160,14 +162,14 @@ class FederatedMemory(Strategy):
                 "metrics": mean_metrics(updates),
                 "alarms": alarms,
                 "bytes_down": self._bytes_down,
-                "bytes_up": bytes_up,
+                "bytes_up": intake.bytes_up,
                 "seconds": {name: round(s, 3) for name, s in self._seconds.items()},
             },
         )
         self.checkpoint = checkpoint
         rounds = self.recipe.federation.rounds
         LOG.info("%s", describe_round(line, rounds), extra={"line": line})
-        return to_record(checkpoint.state.to_arrays()), MetricRecord(dict(line["metrics"]))
+        return None, MetricRecord(dict(line["metrics"]))  # the checkpoint has the arrays
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -201,6 +203,17 @@ class FederatedMemory(Strategy):
                 )
         return sites
 
+    def _take_in(self, server_round: int, replies: Iterable[Message], spool: Spool) -> Intake:
+        asked = {metadata.message_id: site for metadata, site in self._sent}
+        intake = Intake(self.recipe, server_round, self.checkpoint.state, asked, spool)
+        for reply in replies:
+            self._lap("exchange")
+            intake.take(reply)
+            del reply  # it would live until the next one is here
+            self._lap("admit")
+        self._lap("exchange")
+        return intake
+
     def _require_quorum(self, server_round: int, outcomes: dict[str, Line]) -> None:
         admitted = [site for site, o in outcomes.items() if o["outcome"] == "admitted"]
         if len(admitted) >= self.recipe.federation.min_sites:
@@ -230,18 +243,7 @@ class FederatedMemory(Strategy):
         )
         return Checkpoint(server_round, state, contributions), weights
 
-    def _alarms(self, updates: dict[str, SiteUpdate]) -> list[str]:
-        alarms = [
-            f"site '{site}': {words}"
-            for site in sorted(updates)
-            for modality in updates[site].num_examples
-            if (words := alarm(updates[site].metrics, modality))
-        ]
-        for words in alarms:
-            LOG.warning("%s", words)
-        return alarms
-
     def _lap(self, phase: str) -> None:
         now = time.monotonic()
-        self._seconds[phase] = now - self._began
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._began
         self._began = now

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from core.config import Recipe
 from core.errors import UserError
 from core.wire import GlobalState
 from server.history import open_run
-from server.replies import to_record
 from server.strategy import FederatedMemory
 
 
@@ -28,10 +28,12 @@ def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 
     run = open_run(run_dir, recipe)
     with run.locked():
         try:
-            checkpoint = run.load(lambda: initial_state(recipe))
-            FederatedMemory(recipe, run, checkpoint, expect_sites).start(
+            # No name here for the checkpoint: the strategy lets go of it after a round.
+            FederatedMemory(
+                recipe, run, run.load(lambda: initial_state(recipe)), expect_sites
+            ).start(
                 grid,
-                to_record(checkpoint.state.to_arrays()),
+                ArrayRecord(),  # the strategy has the checkpoint
                 num_rounds=recipe.federation.rounds,
                 timeout=recipe.federation.round_timeout_seconds,
             )

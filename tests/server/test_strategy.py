@@ -1,0 +1,192 @@
+"""What a round needs of memory and of time; what it decides is tested on whole federations."""
+
+import os
+import signal
+import time
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+import server.grid
+from core.checkpoint import sha256_file
+from core.wire import GlobalState
+from server.grid import InProcessGrid, replies_as_they_come
+from server.history import open_run, read_history
+from server.study import run_study
+
+TENSORS, TENSOR = 40, (8, 1024)
+STATE_BYTES = 2 * TENSORS * 8 * 1024 * 4
+"""Of student and teacher; each tensor is small beside them."""
+
+
+def site(message, context):
+    """Answers with what it was sent, scaled by its own number."""
+    number = context.node_config["number"]
+    if message.metadata.message_type == "query":
+        info = ConfigRecord({"site": f"site-{number:02d}"})
+        return Message(RecordDict({"info": info}), reply_to=message)
+    sent, scale = message.content["arrays"], np.float32(1 + number / 1000)
+    arrays = {name: Array(array.numpy() * scale) for name, array in sent.items()}
+    metrics = MetricRecord({"num_examples/ct": 10 + number})
+    content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+class Sites(InProcessGrid):
+    """Looks, before each pull, at how many of the replies it handed over are still there."""
+
+    def __init__(self, count):
+        super().__init__(site, [{"number": number} for number in range(count)])
+        self.handed_over = []
+        self.most_alive = 0
+
+    def pull_messages(self, message_ids):
+        alive = sum(reference() is not None for reference in self.handed_over)
+        self.most_alive = max(self.most_alive, alive)
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            if reply.metadata.message_type == "query":
+                continue
+            self.handed_over.append(weakref.ref(reply))
+            for record in reply.content.array_records.values():
+                self.handed_over += [weakref.ref(array) for array in record.values()]
+        return replies
+
+
+class Remote(Grid):
+    """The same sites behind the part of Flower's interface that every grid has."""
+
+    def __init__(self, count):
+        self.sites = Sites(count)
+
+    def __getattr__(self, name):
+        return getattr(self.sites, name)
+
+    run = property(lambda self: self.sites.run)
+    set_run = create_message = None
+
+    def get_node_ids(self):
+        return self.sites.get_node_ids()
+
+    def push_messages(self, messages):
+        return self.sites.push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        return self.sites.pull_messages(message_ids)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        if messages[0].metadata.message_type != "query":
+            raise AssertionError("this would gather all replies before the first is seen")
+        return self.sites.send_and_receive(messages, timeout=timeout)
+
+
+@pytest.fixture
+def make_run(tmp_path, make_recipe):
+    """Run directories with an initial state of many small tensors."""
+
+    def make(name, recipe):
+        rng = np.random.default_rng(0)
+        network = {f"w{i}": rng.normal(size=TENSOR).astype(np.float32) for i in range(TENSORS)}
+        run = open_run(tmp_path / name, recipe)
+        run.load(lambda: GlobalState(student=network, teacher=network))
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("grid", [Sites, Remote])
+def test_a_reply_is_gone_before_the_next_is_pulled(grid, make_run, make_recipe):
+    recipe, sites = make_recipe(), grid(7)
+    run_study(sites, recipe, make_run("run", recipe).path)
+    assert len(sites.handed_over) > 2 * 7 * 2 * TENSORS
+    assert sites.most_alive == 0
+
+
+@pytest.mark.parametrize("grid", [Sites, Remote])
+def test_peak_memory_does_not_grow_with_the_number_of_sites(grid, make_run, make_recipe):
+    def peak(count):
+        recipe = make_recipe()
+        run = make_run(f"run-{count}", recipe)
+        tracemalloc.start()
+        try:
+            run_study(grid(count), recipe, run.path)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(2), peak(12)
+    assert many - few < 0.25 * STATE_BYTES  # ten more replies in memory would be 10
+
+
+def test_the_polled_grid_gives_the_bits_of_the_in_process_one(make_run, make_recipe):
+    recipe = make_recipe()
+    one, other = make_run("one", recipe), make_run("other", recipe)
+    run_study(Sites(3), recipe, one.path)
+    run_study(Remote(3), recipe, other.path)
+    assert sha256_file(one.checkpoint_path(2)) == sha256_file(other.checkpoint_path(2))
+
+
+class Dying(Sites):
+    """The server is killed when it asks for the third update of a round."""
+
+    def deliver(self, message):
+        third = message.metadata.dst_node_id == list(self.get_node_ids())[2]
+        if third and message.metadata.message_type == "train":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().deliver(message)
+
+
+def test_a_server_killed_in_the_middle_of_a_round_leaves_nothing_and_resumes(make_run, make_recipe):
+    recipe = make_recipe()
+    calm, killed = make_run("calm", recipe), make_run("killed", recipe)
+    before = {file.name for file in killed.path.iterdir()}
+    child = os.fork()
+    if child == 0:
+        try:
+            run_study(Dying(3), recipe, killed.path)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert {file.name for file in killed.path.iterdir()} == before | {"lock"}
+    for run in (calm, killed):
+        run_study(Sites(3), recipe, run.path)
+        assert len(read_history(run.path)) == 2
+    assert sha256_file(calm.checkpoint_path(2)) == sha256_file(killed.checkpoint_path(2))
+
+
+class Late(Remote):
+    """A site's reply comes at the so manieth look, site 0's at the first."""
+
+    looks = 0
+
+    def pull_messages(self, message_ids):
+        self.looks += 1
+        number = int(message_ids[0].rpartition("-")[2]) - 1
+        return super().pull_messages(message_ids) if self.looks > 3 * number else []
+
+
+def query(grid):
+    return [
+        Message(RecordDict({"config": ConfigRecord({})}), node, "query")
+        for node in grid.get_node_ids()
+    ]
+
+
+def test_late_replies_are_handed_over_in_the_order_of_their_coming(monkeypatch):
+    monkeypatch.setattr(server.grid, "PULL_SECONDS", (0.001, 0.001))
+    grid = Late(3)
+    replies = replies_as_they_come(grid, query(grid), timeout=60)
+    assert [reply.content["info"]["site"] for reply in replies] == ["site-00", "site-01", "site-02"]
+
+
+def test_missing_replies_are_given_up_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(Sites, "deliver", lambda self, message: None)
+    grid = Remote(2)
+    began = time.monotonic()
+    assert list(replies_as_they_come(grid, query(grid), timeout=0.3)) == []
+    assert 0.3 <= time.monotonic() - began < 5
