@@ -11,7 +11,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-import server.grid
 from core.checkpoint import sha256_file
 from core.wire import GlobalState
 from server.grid import InProcessGrid, replies_as_they_come
@@ -59,6 +58,8 @@ class Sites(InProcessGrid):
 
 class Remote(Grid):
     """The same sites behind the part of Flower's interface that every grid has."""
+
+    pull_interval = 0.01
 
     def __init__(self, count):
         self.sites = Sites(count)
@@ -177,8 +178,7 @@ def query(grid):
     ]
 
 
-def test_late_replies_are_handed_over_in_the_order_of_their_coming(monkeypatch):
-    monkeypatch.setattr(server.grid, "PULL_SECONDS", (0.001, 0.001))
+def test_late_replies_are_handed_over_in_the_order_of_their_coming():
     grid = Late(3)
     replies = replies_as_they_come(grid, query(grid), timeout=60)
     assert [reply.content["info"]["site"] for reply in replies] == ["site-00", "site-01", "site-02"]
