@@ -2,7 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from client.__main__ import app
 from client.ingest.options import parse_rules
 from client.ingest.types import BURNED_IN_DEFAULTS, Rules
 from core.errors import UserError
@@ -10,6 +12,21 @@ from core.errors import UserError
 
 def test_no_options_are_the_defaults() -> None:
     assert parse_rules() == Rules()
+
+
+def test_the_help_names_the_defaults_that_hold() -> None:
+    command: Any = typer.main.get_command(app)
+    shown = {
+        option.name: option.show_default if isinstance(option.show_default, str) else option.default
+        for option in command.commands["prepare"].params
+    }
+    rules = Rules()
+    for name in ("labels", "patients", "duplicates", "frames", "tiles"):
+        assert shown[name] == getattr(rules, name)
+    assert shown["px"] == str(rules.px)
+    assert shown["ct_window"] == ",".join(f"{value:g}" for value in rules.ct_window)
+    policies = " ".join(f"{name}={policy}" for name, policy in BURNED_IN_DEFAULTS.items())
+    assert shown["burned_in"] == policies
 
 
 def test_options_become_rules() -> None:
