@@ -158,6 +158,9 @@ class FederationConfig(Strict):
     round_timeout_seconds: Positive = 3600.0
     wait_for_sites_seconds: Positive = 600.0
     """How long a round waits for `min_sites` to be connected."""
+    grace_seconds: NonNegative = 180.0
+    """How long a round waits for a site of the round before that has gone; Flower takes a minute to
+    let a killed one back in."""
     teacher: Literal["average", "rebuild"] = "average"
     """average: sites send teachers too; rebuild: the server continues the EMA from the students."""
     prototypes_per_modality: Annotated[int, Field(ge=0)] = 16

@@ -40,6 +40,9 @@ PROTOTYPES: Final = "prototypes/"
 COUNTS: Final = "prototype_counts/"
 NUM_EXAMPLES: Final = "num_examples/"
 
+NOT_NOW: Final = 102
+"""Code of an error reply to a message that the site would take at another hour."""
+
 METRICS: Final = (
     "loss",
     "koleo",

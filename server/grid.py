@@ -1,16 +1,12 @@
 """A Flower Grid in one process: real apps, real messages, no network.
 
 Every message is taken apart and put together again by Flower's own code, as on a real wire. Sites
-work one after the other, each when its reply is asked for. And how to get the replies of any grid
-one by one, so that they need not be in memory together.
+work one after the other, each when its reply is asked for.
 """
 
-import ctypes
 import itertools
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -23,55 +19,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
 FIRST_NODE_ID = 1000
-M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE_BYTES = 1_048_576
-PULL_SECONDS = 3.0
-"""Between two looks for replies, as in Flower, where a grid has no `pull_interval` of its own. A
-SuperLink with a database and states of 400 MB has failed when it was asked every half second."""
-
-
-def replies_as_they_come(
-    grid: Grid, messages: Iterable[Message], timeout: float
-) -> Iterator[Message]:
-    """Send messages now, and hand over each reply when it is there, before the next is fetched.
-
-    Flower's own `send_and_receive` keeps all replies until the last one has come.
-
-    Args:
-        grid: Reaches the sites.
-        messages: Let go of once they are sent.
-        timeout: Seconds after which missing replies are given up.
-    """
-    if isinstance(grid, InProcessGrid):  # it knows when no reply can come any more
-        return grid.send_and_receive(messages, timeout=timeout)
-    _give_freed_memory_back()
-    return _pulled(grid, [number for number in grid.push_messages(messages) if number], timeout)
-
-
-def _give_freed_memory_back() -> None:
-    """Let the system have arrays as soon as they are freed.
-
-    glibc would keep them for later use, apart for each of the threads that fetch replies: a whole
-    reply and more. Not where sites train in this process, which such keeping makes faster.
-    """
-    with suppress(AttributeError):  # another C library, with its own ways
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-
-
-def _pulled(grid: Grid, waiting: list[str], timeout: float) -> Iterator[Message]:
-    began, pause = time.monotonic(), getattr(grid, "pull_interval", PULL_SECONDS)
-    while waiting:
-        for number in list(waiting):
-            replies = list(grid.pull_messages([number]))
-            if replies:
-                waiting.remove(number)
-            while replies:
-                yield replies.pop(0)  # no name here may keep it alive
-        waited = time.monotonic() - began
-        if waited >= timeout:
-            return
-        if waiting:
-            time.sleep(min(pause, timeout - waited))
 
 
 class InProcessGrid(Grid):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Final
 
 from flwr.app import Message
 
@@ -12,6 +13,7 @@ from server.replies import count_bytes, judge
 from server.spool import Spool
 
 LOG = logging.getLogger("fedmermed.server")
+SILENT: Final[Line] = {"outcome": "silent", "reason": "no reply before the deadline"}
 
 
 class Intake:
@@ -21,7 +23,7 @@ class Intake:
         recipe: The study.
         round_number: The round.
         reference: The global state that the sites were sent.
-        asked: Id of a message -> the site it went to.
+        asked: Id of a message -> the site it went to; grows while sites are asked again.
         spool: Where arrays of updates wait for the end of the round.
     """
 
@@ -35,13 +37,13 @@ class Intake:
     ) -> None:
         self.updates: dict[str, SiteUpdate] = {}
         """Site -> its admitted update, arrays on disk."""
-        silent = {"outcome": "silent", "reason": "no reply before the deadline"}
-        self.outcomes: dict[str, Line] = {site: dict(silent) for site in asked.values()}
+        self.outcomes: dict[str, Line] = {}
+        """Site -> what came of its reply."""
         self.bytes_up = 0
         self._recipe = recipe
         self._round = round_number
         self._reference = reference
-        self._waiting = dict(asked)
+        self._asked = asked
         self._spool = spool
 
     def take(self, reply: Message) -> None:
@@ -51,8 +53,8 @@ class Intake:
             UserError: the disk cannot hold the update.
         """
         # Errors made by the SuperLink bear its own node id: the site is whom we asked.
-        site = self._waiting.pop(reply.metadata.reply_to_message_id, None)
-        if site is None:
+        site = self._asked.get(reply.metadata.reply_to_message_id)
+        if site is None or site in self.outcomes:
             LOG.warning("round %d: a reply that nobody was asked for is ignored", self._round)
             return
         if reply.has_content():

@@ -6,14 +6,13 @@ refused as completed; ours resumes, and raises when a round misses its quorum.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
-    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -24,9 +23,9 @@ from core.config import Recipe
 from core.errors import UserError
 from core.wire import SiteUpdate
 from server.aggregate import aggregate
-from server.grid import replies_as_they_come
-from server.history import Checkpoint, Line, RunDirectory, describe_round
-from server.intake import Intake
+from server.exchange import Exchange
+from server.history import Checkpoint, Line, RunDirectory, describe_round, read_history
+from server.intake import SILENT, Intake
 from server.replies import collapse_alarms, mean_metrics, to_record
 from server.roster import Roster
 from server.spool import Spool
@@ -46,7 +45,7 @@ class FederatedMemory(Strategy):
         recipe: The study.
         run: Where checkpoints and history go.
         checkpoint: Where the study stands.
-        expect_sites: The first round to run waits for so many, as long as for the quorum.
+        expect_sites: A study's first round waits for so many, as long as for the quorum.
     """
 
     def __init__(
@@ -57,7 +56,9 @@ class FederatedMemory(Strategy):
         self.checkpoint = checkpoint
         self.expect_sites = expect_sites
         self.roster = Roster(run.study)
-        self._sent: list[tuple[Metadata, str]] = []
+        lines = read_history(run.path)
+        self._last = lines[-1]["sites"] if lines else {}
+        self._exchange: Exchange | None = None
         self._bytes_down = 0
         self._began = time.monotonic()
         self._seconds: dict[str, float] = {}
@@ -85,17 +86,12 @@ class FederatedMemory(Strategy):
         self.summary()
         result = Result()
         for server_round in range(self.checkpoint.round_number + 1, num_rounds + 1):
-            self._began, self._seconds = time.monotonic(), {}
-            config = train_config or ConfigRecord()
-            # Nothing here may name the record or the messages: they go once they are sent.
-            replies = replies_as_they_come(
-                grid,
-                self.configure_train(
-                    server_round, to_record(self.checkpoint.state.to_arrays()), config, grid
-                ),
-                timeout,
-            )
-            _, metrics = self.aggregate_train(server_round, replies)
+            self._began, self._seconds, self._bytes_down = time.monotonic(), {}, 0
+            sites = self._wait_for_sites(server_round, grid)
+            self._lap("wait_for_sites")
+            LOG.info("round %d of %d: %d sites train", server_round, num_rounds, len(sites))
+            self._exchange = self._open_exchange(server_round, grid, timeout)
+            _, metrics = self.aggregate_train(server_round, self._exchange.replies(sites))
             result.train_metrics_clientapp[server_round] = metrics
         return result
 
@@ -107,30 +103,30 @@ class FederatedMemory(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Wait for the quorum and address a message to each site that is connected."""
-        sites = self._wait_for_sites(server_round, grid)
-        federation = self.recipe.federation
-        record = ConfigRecord(
+        """No messages: `start` asks sites by name, and asks some again."""
+        return []
+
+    def _open_exchange(self, server_round: int, grid: Grid, timeout: float) -> Exchange:
+        config = ConfigRecord(
             {
-                **config,
                 "study": self.run.study,
                 "round": server_round,
-                "step": (server_round - 1) * federation.local_steps,
+                "step": (server_round - 1) * self.recipe.federation.local_steps,
                 "recipe": self.recipe.to_json(),
             }
         )
-        content = RecordDict({"arrays": arrays, "config": record})
-        ttl, group = federation.round_timeout_seconds, str(server_round)
-        messages = [
-            Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=group)
-            for _, node in sorted(sites.items())
-        ]
-        # Not the messages, which hold the state; the grid writes their ids into the metadata.
-        self._sent = list(zip([m.metadata for m in messages], sorted(sites), strict=True))
-        self._bytes_down = len(sites) * (arrays.count_bytes() + record.count_bytes())
-        LOG.info("round %d of %d: %d sites train", server_round, federation.rounds, len(sites))
-        self._lap("wait_for_sites")
-        return messages
+
+        def ask(sites: Mapping[str, int], seconds: float) -> list[Message]:
+            # Made for each question and let go of: no name may keep the state once it is sent.
+            arrays = to_record(self.checkpoint.state.to_arrays())
+            self._bytes_down += len(sites) * (arrays.count_bytes() + config.count_bytes())
+            content, group = RecordDict({"arrays": arrays, "config": config}), str(server_round)
+            return [
+                Message(content, node, MessageType.TRAIN, ttl=max(seconds, 1.0), group_id=group)
+                for node in sites.values()
+            ]
+
+        return Exchange(grid, ask, lambda: self.roster.present(grid), timeout)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -143,7 +139,8 @@ class FederatedMemory(Strategy):
         with Spool(self.run.path) as spool:
             intake = self._take_in(server_round, replies, spool)
             updates, outcomes = intake.updates, intake.outcomes
-            for name in sorted(set(self.roster.names.values()) - set(outcomes)):
+            known = set(self.roster.names.values()) | set(self._last)
+            for name in sorted(known - set(outcomes)):
                 outcomes[name] = {"outcome": "absent", "reason": "not connected"}
             self._require_quorum(server_round, outcomes)
             checkpoint, weights = self._aggregate(server_round, updates)
@@ -166,7 +163,7 @@ class FederatedMemory(Strategy):
                 "seconds": {name: round(s, 3) for name, s in self._seconds.items()},
             },
         )
-        self.checkpoint = checkpoint
+        self.checkpoint, self._last = checkpoint, line["sites"]
         rounds = self.recipe.federation.rounds
         LOG.info("%s", describe_round(line, rounds), extra={"line": line})
         return None, MetricRecord(dict(line["metrics"]))  # the checkpoint has the arrays
@@ -184,34 +181,46 @@ class FederatedMemory(Strategy):
         return None
 
     def _wait_for_sites(self, server_round: int, grid: Grid) -> dict[str, int]:
+        """The sites to ask, in name order, site -> node.
+
+        A site that took part in the round before is given time to come back; then it is absent.
+        """
         federation, began = self.recipe.federation, time.monotonic()
-        expected, self.expect_sites = self.expect_sites, 0  # later rounds take who is there
+        expected, self.expect_sites = 0 if self._last else self.expect_sites, 0
+        awaited = {site for site, o in self._last.items() if o["outcome"] != "absent"}
         self.roster.begin_round()
-        while len(sites := self.roster.present(grid)) < max(federation.min_sites, expected):
+        while True:
+            sites = self.roster.present(grid)
             waited = time.monotonic() - began
-            all_came = 0 < expected <= len(sites) + len(self.roster.refused)
-            if not all_came and waited < federation.wait_for_sites_seconds:
-                time.sleep(min(POLL_SECONDS, federation.wait_for_sites_seconds))
-            elif len(sites) >= federation.min_sites:
+            known = len(sites) + len(self.roster.refused)
+            enough = len(sites) >= federation.min_sites
+            patience = federation.wait_for_sites_seconds
+            if enough and (len(sites) >= expected or known >= expected):
+                patience = federation.grace_seconds if awaited - set(sites) else 0.0
+            if waited >= patience or (expected and known >= expected and not enough):
                 break
-            else:
-                why = "".join(f"; {reason}" for reason in sorted(set(self.roster.refused.values())))
-                raise QuorumError(
-                    f"round {server_round}: {len(sites)} site(s) connected after {waited:.0f} s, "
-                    f"{federation.min_sites} needed{why}; start the missing sites and run again: "
-                    "the study resumes"
-                )
-        return sites
+            time.sleep(min(POLL_SECONDS, patience - waited))
+        if not enough:
+            why = "".join(f"; {reason}" for reason in sorted(set(self.roster.refused.values())))
+            raise QuorumError(
+                f"round {server_round}: {len(sites)} site(s) connected after {waited:.0f} s, "
+                f"{federation.min_sites} needed{why}; start the missing sites and run again: "
+                "the study resumes"
+            )
+        return dict(sorted(sites.items()))
 
     def _take_in(self, server_round: int, replies: Iterable[Message], spool: Spool) -> Intake:
-        asked = {metadata.message_id: site for metadata, site in self._sent}
-        intake = Intake(self.recipe, server_round, self.checkpoint.state, asked, spool)
+        exchange = self._exchange
+        assert exchange is not None, "start opens the exchange"
+        intake = Intake(self.recipe, server_round, self.checkpoint.state, exchange.asked, spool)
         for reply in replies:
             self._lap("exchange")
             intake.take(reply)
             del reply  # it would live until the next one is here
             self._lap("admit")
         self._lap("exchange")
+        for site, asked in exchange.sites.items():
+            intake.outcomes.setdefault(site, dict(SILENT)).update(asked.facts())
         return intake
 
     def _require_quorum(self, server_round: int, outcomes: dict[str, Line]) -> None:

@@ -41,6 +41,7 @@ TINY: dict[str, Any] = {
         "local_steps": 2,
         "min_sites": 2,
         "wait_for_sites_seconds": 0.5,
+        "grace_seconds": 0.5,
         "prototypes_per_modality": 3,
         "prototype_min_patients": 2,
     },

@@ -154,6 +154,35 @@ def test_a_silent_site_is_recorded_and_the_round_goes_on(tmp_path, recipe, sites
         }  # fmt: skip
 
 
+def test_a_site_whose_process_dies_is_asked_again_and_the_result_is_the_calm_one(
+    tmp_path, make_recipe, sites
+):
+    recipe, deaths = make_recipe(rounds=1), ["ClientApp stopped responding", "Node unavailable"]
+    left = list(deaths)
+
+    def fault(message, reply):
+        codes = {deaths[0]: 8, deaths[1]: 5}
+        if not left:
+            return reply
+        reason = left.pop(0)
+        return Message(Error(codes[reason], reason), reply_to=message)
+
+    (line,) = run(tmp_path / "killed", recipe, FaultyGrid(sites, fault))
+    assert line["sites"]["st-mary"]["outcome"] == "admitted"
+    assert line["sites"]["st-mary"]["asked"] == 3
+    assert line["sites"]["st-mary"]["failures"] == deaths
+    assert "asked" not in line["sites"]["charite"]
+    calm = make_calm(tmp_path, recipe, sites)
+    assert (tmp_path / "killed" / "run" / "round-0001.safetensors").read_bytes() == calm
+
+
+def make_calm(tmp_path, recipe, sites):
+    for site in sites:  # as new sites: they have trained this round of another study
+        assert (site.parent / "state" / "studies").exists()
+    run(tmp_path / "calm", recipe, FaultyGrid(sites, lambda message, reply: reply))
+    return (tmp_path / "calm" / "run" / "round-0001.safetensors").read_bytes()
+
+
 def test_an_error_is_recorded_with_its_reason_and_made_printable(tmp_path, make_recipe, sites):
     def fault(message, reply):
         return Message(Error(2, "out of memory\n\x1b[31m" + "x" * 5000), reply_to=message)
@@ -175,7 +204,9 @@ def test_an_error_made_by_the_superlink_is_put_down_to_the_site_that_was_asked(
         return reply
 
     (line,) = run(tmp_path, make_recipe(rounds=1), FaultyGrid(sites, fault))
-    assert line["sites"]["st-mary"] == {"outcome": "error", "reason": "Node unavailable"}
+    outcome = line["sites"]["st-mary"]
+    assert (outcome["outcome"], outcome["reason"]) == ("error", "Node unavailable")
+    assert (outcome["asked"], outcome["failures"]) == (5, 5 * ["Node unavailable"])
 
 
 def test_a_policy_refusal_is_visible_to_the_coordinator(tmp_path, make_recipe, make_sites):
@@ -183,10 +214,10 @@ def test_a_policy_refusal_is_visible_to_the_coordinator(tmp_path, make_recipe, m
     files += make_sites({"st-mary": ["oct"]}, policy="allowed_modalities = ['ct']\n")
     grid = InProcessGrid(load_client_app(), [{"site": str(file)} for file in files])
     (line,) = run(tmp_path, make_recipe(rounds=1), grid)
-    assert line["sites"]["st-mary"] == {
-        "outcome": "error",
-        "reason": "this site's policy does not allow training on 'oct'",
-    }
+    outcome = line["sites"]["st-mary"]
+    assert outcome["outcome"] == "error"
+    assert outcome["reason"] == "this site's policy does not allow training on 'oct'"
+    assert "asked" not in outcome  # a refusal is not asked again
 
 
 def test_below_the_quorum_the_run_fails_and_keeps_its_last_checkpoint(tmp_path, make_recipe, sites):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 import tracemalloc
 import weakref
 
@@ -13,7 +12,7 @@ from flwr.serverapp import Grid
 
 from core.checkpoint import sha256_file
 from core.wire import GlobalState
-from server.grid import InProcessGrid, replies_as_they_come
+from server.grid import InProcessGrid
 from server.history import open_run, read_history
 from server.study import run_study
 
@@ -158,35 +157,3 @@ def test_a_server_killed_in_the_middle_of_a_round_leaves_nothing_and_resumes(mak
         run_study(Sites(3), recipe, run.path)
         assert len(read_history(run.path)) == 2
     assert sha256_file(calm.checkpoint_path(2)) == sha256_file(killed.checkpoint_path(2))
-
-
-class Late(Remote):
-    """A site's reply comes at the so manieth look, site 0's at the first."""
-
-    looks = 0
-
-    def pull_messages(self, message_ids):
-        self.looks += 1
-        number = int(message_ids[0].rpartition("-")[2]) - 1
-        return super().pull_messages(message_ids) if self.looks > 3 * number else []
-
-
-def query(grid):
-    return [
-        Message(RecordDict({"config": ConfigRecord({})}), node, "query")
-        for node in grid.get_node_ids()
-    ]
-
-
-def test_late_replies_are_handed_over_in_the_order_of_their_coming():
-    grid = Late(3)
-    replies = replies_as_they_come(grid, query(grid), timeout=60)
-    assert [reply.content["info"]["site"] for reply in replies] == ["site-00", "site-01", "site-02"]
-
-
-def test_missing_replies_are_given_up_at_the_deadline(monkeypatch):
-    monkeypatch.setattr(Sites, "deliver", lambda self, message: None)
-    grid = Remote(2)
-    began = time.monotonic()
-    assert list(replies_as_they_come(grid, query(grid), timeout=0.3)) == []
-    assert 0.3 <= time.monotonic() - began < 5

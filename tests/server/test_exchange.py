@@ -1,0 +1,182 @@
+"""One round's messages and replies, over a grid whose sites fail in the ways of Flower's."""
+
+import time
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from core.wire import NOT_NOW
+from server import exchange
+from server.exchange import MOST_FAILURES, Exchange
+from server.grid import InProcessGrid
+
+
+class Remote(Grid):
+    """Sites behind what every grid has; `script` tells what each answers, question by question.
+
+    An entry is a node's answer: None (silent), a number (an error of this code) or 'ok'. After its
+    last entry a node is silent.
+    """
+
+    pull_interval = 0.01
+    run = property(lambda self: self.inner.run)
+    set_run = create_message = None
+
+    def __init__(self, script):
+        self.script = {node: list(answers) for node, answers in script.items()}
+        self.inner = InProcessGrid(self.site, [{}] * len(script))
+        self.offline = set()
+        self.asked = []
+
+    def site(self, message, context):
+        node = message.metadata.dst_node_id
+        self.asked.append(node)
+        answer = self.script[node].pop(0) if self.script[node] else None
+        if answer is None:
+            return None
+        if answer == "ok":
+            info = ConfigRecord({"node": node})
+            return Message(RecordDict({"info": info}), reply_to=message)
+        return Message(Error(answer, f"code {answer}"), reply_to=message)
+
+    def get_node_ids(self):
+        return [node for node in self.script if node not in self.offline]
+
+    def push_messages(self, messages):
+        return self.inner.push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        return self.inner.pull_messages(message_ids)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise AssertionError("this would gather all replies before the first is seen")
+
+
+def ask(sites, seconds):
+    return [
+        Message(RecordDict({"config": ConfigRecord({})}), node, "query", ttl=seconds)
+        for node in sites.values()
+    ]
+
+
+def open_exchange(grid, seconds=20.0):
+    def find():
+        return {f"site-{node}": node for node in grid.get_node_ids()}
+
+    return Exchange(grid, ask, find, seconds), find()
+
+
+def said(replies):
+    """What came, in order: a node's content or an error's code."""
+    return [r.error.code if r.has_error() else r.content["info"]["node"] for r in replies]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(exchange, "AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr(exchange, "CLOSED_SECONDS", (0.1, 0.2))
+
+
+@pytest.mark.parametrize("code", [3, 4, 5, 8])
+def test_a_site_is_asked_again_after_a_failure_that_may_pass(code):
+    grid = Remote({1000: [code, code, "ok"], 1001: ["ok"]})
+    sent, sites = open_exchange(grid)
+    assert sorted(said(sent.replies(sites))) == [1000, 1001]
+    facts = sent.sites["site-1000"].facts()
+    assert (facts["asked"], facts["failures"]) == (3, 2 * [f"code {code}"])
+    assert set(sent.sites["site-1001"].facts()) == {"seconds"}
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 6, 7])
+def test_a_refusal_or_a_broken_app_is_not_asked_again(code):
+    grid = Remote({1000: [code, "ok"]})
+    sent, sites = open_exchange(grid)
+    assert said(sent.replies(sites)) == [code]
+    assert grid.asked == [1000]
+
+
+def test_a_site_that_fails_every_time_is_given_up():
+    grid = Remote({1000: [8] * 50, 1001: ["ok"]})
+    sent, sites = open_exchange(grid)
+    assert sorted(said(sent.replies(sites))) == [8, 1001]
+    assert grid.asked.count(1000) == MOST_FAILURES
+
+
+def test_a_site_that_is_gone_is_asked_once_it_is_back_under_its_new_number():
+    grid = Remote({1000: [5], 1001: ["ok"]})
+    sent, _ = open_exchange(grid)
+    began = time.monotonic()
+    where = {"site": 1000}
+    sent._find = lambda: where if time.monotonic() - began > 0.3 else {}
+
+    replies = sent.replies({"site": 1000})
+    where["site"] = 1001
+    assert said(replies) == [1001]
+    assert time.monotonic() - began > 0.3
+
+
+def test_a_site_that_never_comes_back_is_given_up_at_the_deadline_with_its_last_failure():
+    grid = Remote({1000: [5], 1001: ["ok"]})
+    sent, sites = open_exchange(grid, seconds=0.4)
+    grid.offline.add(1000)
+    assert said(sent.replies(sites)) == [1001, 5]
+    assert grid.asked == [1000, 1001]
+
+
+def test_a_site_outside_its_hours_is_asked_again_with_growing_pauses_and_any_number_of_times():
+    times = MOST_FAILURES + 2
+    grid = Remote({1000: [NOT_NOW] * times + ["ok"]})
+    sent, sites = open_exchange(grid)
+    began = time.monotonic()
+    assert said(sent.replies(sites)) == [1000]
+    assert time.monotonic() - began >= 0.1 + (times - 1) * 0.2
+    assert sent.sites["site-1000"].facts()["asked"] == times + 1
+
+
+def test_in_one_process_a_site_outside_its_hours_is_not_waited_for():
+    grid = Remote({1000: [NOT_NOW, "ok"]})
+    _, sites = open_exchange(grid)
+    one = Exchange(grid.inner, ask, lambda: sites, 20.0)
+    assert said(one.replies(sites)) == [NOT_NOW]
+
+
+def test_missing_replies_are_given_up_at_the_deadline():
+    grid = Remote({1000: [None], 1001: ["ok"]})
+    sent, sites = open_exchange(grid, seconds=0.3)
+    began = time.monotonic()
+    assert said(sent.replies(sites)) == [1001]
+    assert 0.3 <= time.monotonic() - began < 5
+    assert sent.sites["site-1000"].facts() == {}
+
+
+def test_replies_are_handed_over_in_the_order_of_their_coming():
+    class Late(Remote):
+        """A site's reply comes at the so manieth look, that of the first at the first."""
+
+        looks = 0
+
+        def pull_messages(self, message_ids):
+            self.looks += 1
+            number = 3 - int(message_ids[0].rpartition("-")[2])
+            return super().pull_messages(message_ids) if self.looks > 3 * number else []
+
+    grid = Late({1000: ["ok"], 1001: ["ok"], 1002: ["ok"]})
+    sent, sites = open_exchange(grid)
+    assert said(sent.replies(sites)) == [1002, 1001, 1000]
+
+
+def test_a_message_that_the_superlink_does_not_take_is_sent_again():
+    class Full(Remote):
+        pushes = 0
+
+        def push_messages(self, messages):
+            self.pushes += 1
+            return [] if self.pushes == 1 else super().push_messages(messages)
+
+    grid = Full({1000: ["ok"]})
+    sent, sites = open_exchange(grid)
+    assert said(sent.replies(sites)) == [1000]
+    assert sent.sites["site-1000"].facts()["failures"] == [
+        "the message could not be handed to the SuperLink"
+    ]
