@@ -297,16 +297,57 @@ def join(
         Path, typer.Argument(metavar="SITE.toml|KIT", help="The site's file, or its directory.")
     ],
     port: Annotated[
-        int, typer.Option(min=1, max=65_535, help="Loopback port of the SuperNode's own programs.")
+        int, typer.Option(min=1, max=65_535, help="Port where the site's two parts meet.")
     ] = 9094,
+    host: Annotated[
+        str, typer.Option(help="Address on which the SuperNode listens for the trainer.")
+    ] = "127.0.0.1",
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            show_default="127.0.0.1:PORT",
+            help="Where the trainer finds the SuperNode.",
+        ),
+    ] = None,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="runtime.secret in the state directory",
+            help="What the trainer shows to the SuperNode; made if missing.",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="supernode|trainer",
+            show_default="both",
+            help="Run this part alone, in the foreground: for containers.",
+        ),
+    ] = None,
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
-    """Take part in the study: start Flower's SuperNode over TLS, with this site's key.
+    """Take part in the study, until stopped.
 
-    Runs until it is stopped, and waits for a coordinator that is not there yet.
+    Runs two programs and starts either again when it ends: Flower's SuperNode, which speaks to the
+    coordinator over TLS with this site's key, and the trainer, which answers each message by the
+    installed app, never by one that is sent. Waits for a coordinator that is not there yet.
     """
-    from client.join import join as start
+    import logging
 
-    start(kit / "site.toml" if kit.is_dir() else kit, port)
+    from client.join import join as start
+    from client.parts import Meeting
+    from client.site import load_site
+
+    if part not in (None, "supernode", "trainer"):
+        raise UserError(f"--part is supernode or trainer, not '{part}'")
+    logging.basicConfig(format="%(asctime)s join: %(message)s")
+    logging.getLogger("fedmermed.join").setLevel(logging.INFO)
+    site_file = kit / "site.toml" if kit.is_dir() else kit
+    secret = secret or load_site(site_file).state_path / "runtime.secret"
+    meet = Meeting(host, port, runtime or f"127.0.0.1:{port}", secret)
+    start(site_file, meet, part, parent)
 
 
 @app.command()

@@ -39,6 +39,8 @@ from core.wire import EvaluationRequest
 LOG = logging.getLogger("fedmermed.site")
 CLIENT_APP_ERROR = 2
 """Flower's code for a failure inside a ClientApp."""
+FAILED = "the site could not do this; its log says why"
+"""The reason that leaves when what failed has no text that may leave."""
 
 app = ClientApp()
 
@@ -46,27 +48,35 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say who this site is."""
-    return _guarded(message, context, "query")
+    return respond(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round on this site's images."""
-    return _guarded(message, context, "train")
+    return respond(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure a backbone on this site's labelled images."""
-    return _guarded(message, context, "evaluate")
+    return respond(message, context)
 
 
-def _guarded(message: Message, context: Context, kind: str) -> Message:
-    """Answer a message; whatever fails becomes an error reply with a plain reason."""
+def respond(message: Message, context: Context, bundle: str = "") -> Message:
+    """Answer a message; whatever fails becomes an error reply with a plain reason.
+
+    Args:
+        message: Any message.
+        context: Flower's, of which the node config alone is read.
+        bundle: sha256 of the app bundle that the message's run was submitted with, where the
+            launcher knows it.
+    """
+    kind = message.metadata.message_type
     try:
         site = load_site(_site_file(context))
         audit = Audit(site.state_path)
-        act = {"query": _query, "train": _train, "evaluate": _evaluate}[kind]
+        act = {"query": _query, "train": _train, "evaluate": _evaluate}.get(kind, _unknown)
         return Message(act(message, site, audit), reply_to=message)
     except Refusal as refusal:
         LOG.warning("%s refused: %s", kind, refusal)
@@ -76,6 +86,12 @@ def _guarded(message: Message, context: Context, kind: str) -> Message:
         # The text may name paths or values of this site: only its kind leaves.
         reason = f"the site could not do this ({type(error).__name__}); its log says why"
     return Message(Error(CLIENT_APP_ERROR, reason), reply_to=message)
+
+
+def _unknown(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
+    """Refuse a message of a type that Flower allows and this app has no use for."""
+    with _failure_audited(audit, "other", understood=False):
+        raise Refusal("this site answers messages of type query, train and evaluate alone")
 
 
 def _query(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:

@@ -1,14 +1,15 @@
-"""Start Flower's SuperNode for a site: over TLS, with the site's key, silent towards others."""
+"""Have a site take part: its kit checked, its two parts started and kept running."""
 
 import datetime as dt
-import json
+import fcntl
 import os
 import shlex
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -17,34 +18,98 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from client.check.connection import secure, target_of, within
 from client.check.network import untrusted
+from client.parts import (
+    Meeting,
+    await_secret,
+    become,
+    make_secret,
+    make_state_directory,
+    program,
+    supernode_environment,
+    supernode_words,
+    trainer_environment,
+    trainer_words,
+)
 from client.site import SiteConfig, load_site
+from client.supervisor import Program, supervise
 from core.errors import UserError
 
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+MEANINGS: Final = {
+    "[code: 2004]": "the coordinator does not let this site in yet: its key is not registered "
+    "there (ask the coordinator), or counts as still in use, which after a crash lasts about a "
+    "minute; trying again until it is let in",
+    "[code: 2001]": "the coordinator asks for a key and got none that it can read; ask it for a "
+    "new start-up kit",
+    "CERTIFICATE_VERIFY_FAILED": "the coordinator's certificate is not to be trusted; "
+    "'fedmermed-site check' says why; trying again",
+    "Exit Code: 606": "the coordinator runs another version of Flower; install the one that it "
+    "names, and join again",
+    "Connection attempt failed": "the coordinator does not answer; trying again until it does",
+    "Runtime HTTP API failed to start": "the port where the two parts meet is taken; it may be "
+    "free in some seconds, or give another by --port",
+    "SuperNode ID:": "connected to the coordinator; waiting for messages",
+}
+"""What the SuperNode prints -> what it means."""
 
 
-def join(site_file: Path, port: int) -> NoReturn:
-    """Become the site's SuperNode; this process ends when it ends.
+def join(site_file: Path, meet: Meeting, part: str | None = None, parent: int = 0) -> None:
+    """Keep both parts of a site running until stopped, or become one of them.
 
     Args:
         site_file: The site's file.
-        port: Loopback port of the SuperNode's own programs.
+        meet: Where the parts meet.
+        part: Become this part; None: run both, and start again which ends.
+        parent: Process with which a part shall end; 0: none.
 
     Raises:
-        UserError: something of the kit is missing, expired, damaged or readable by others, or the
-            coordinator's certificate is not to be trusted.
+        UserError: something of the kit is missing, expired, damaged or readable by others, the
+            coordinator's certificate is not to be trusted, or this site has joined already.
     """
     site = load_site(site_file)
-    command = supernode_command(site_file, site, port)
-    program = Path(sys.executable).parent / command[0]
-    if not program.exists():
-        raise UserError(f"'{program}' does not exist; install flwr beside this Python")
-    environment = _environment(site, os.environ)
-    os.execve(program, [str(program), *command[1:]], environment)
+    if part == "supernode":
+        words = supernode_words(check_kit(site_file, site), site_file, meet)
+        make_secret(meet.secret)
+        become(words, supernode_environment(site, os.environ), parent)
+    if part == "trainer":
+        await_secret(meet.secret)
+        words = trainer_words(site_file, meet)
+        if parent:
+            words += ["--parent-pid", str(parent)]
+        become(words, trainer_environment(site, os.environ), parent)
+    check_kit(site_file, site)
+    program("flower-supernode")
+    make_state_directory(site)
+    environment = supernode_environment(site, os.environ)
+    with _alone(site):
+        same = [*(sys.executable, "-P", "-m", "client", "join", str(site_file.absolute()))]
+        same += ["--host", meet.host, "--port", str(meet.port), "--runtime", meet.runtime]
+        same += ["--secret", str(meet.secret.absolute()), "--parent", str(os.getpid()), "--part"]
+        parts = (
+            Program("supernode", [*same, "supernode"], MEANINGS),
+            Program("trainer", [*same, "trainer"]),
+        )
+        supervise(parts, environment)
 
 
-def supernode_command(site_file: Path, site: SiteConfig, port: int) -> list[str]:
-    """The SuperNode's command line, once everything it names is sound.
+@contextmanager
+def _alone(site: SiteConfig) -> Iterator[None]:
+    """Hold that no other `join` runs for this site; a killed one does not count."""
+    with open(site.state_path / "join.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"site '{site.name}' has joined already, by another process that holds "
+                f"'{file.name}'; stop that one first"
+            ) from None
+        yield
+
+
+def check_kit(site_file: Path, site: SiteConfig) -> dict[str, str]:
+    """Hold that everything by which the coordinator is reached is there and sound.
+
+    Returns:
+        superlink, root_certificates and private_key.
 
     Raises:
         UserError: as `join`.
@@ -61,17 +126,11 @@ def supernode_command(site_file: Path, site: SiteConfig, port: int) -> list[str]
                 f"{where}: [coordinator] {key} is missing; take it from the start-up kit that the "
                 "coordinator gave you"
             )
-    superlink, certificates, private_key = (str(value) for value in needed.values())
-    check_certificates(Path(certificates))
-    check_private_key(Path(private_key))
-    _check_coordinator(superlink, certificates)
-    config = json.dumps(str(site_file.absolute()), ensure_ascii=False)
-    return [
-        "flower-supernode",
-        *("--superlink", superlink, "--root-certificates", certificates),
-        *("--auth-supernode-private-key", private_key),
-        *("--host", "127.0.0.1", "--port", str(port), "--node-config", f"site={config}"),
-    ]
+    given = {key: str(value) for key, value in needed.items()}
+    check_certificates(Path(given["root_certificates"]))
+    check_private_key(Path(given["private_key"]))
+    _check_coordinator(given["superlink"], given["root_certificates"])
+    return given
 
 
 def check_private_key(file: Path) -> None:
@@ -134,14 +193,3 @@ def _check_coordinator(superlink: str, certificates: str) -> None:
         raise UserError(f"{superlink}: {finding.found}; {finding.remedy}") from None
     except OSError:
         return  # the SuperNode tries again until it gets through
-
-
-def _environment(site: SiteConfig, outer: Mapping[str, str]) -> dict[str, str]:
-    """No call home, our Python's programs first, and Flower's files beside the site's state."""
-    site.state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return {
-        "FLWR_HOME": str(site.state_path / "flower"),
-        **outer,
-        **QUIET,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), outer.get("PATH", os.defpath)]),
-    }

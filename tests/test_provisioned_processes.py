@@ -20,6 +20,7 @@ from server.provision import provision
 
 BIN = Path(sys.executable).parent
 SECONDS = 120
+REFUSED = "the coordinator does not let this site in yet"
 
 
 def environment(directory):
@@ -121,29 +122,22 @@ def test_a_registered_site_joins_and_strangers_and_retired_keys_do_not(study, tm
     site = tmp_path / "st-mary"
     shutil.move(directory / "kits" / "st-mary", site)  # handed over
     with superlink(directory, port):
-        with join(site, tmp_path / "stranger.log") as stranger:  # provisioned, not admitted yet
-            assert ends(stranger) != 0
-        assert "Failed to activate SuperNode" in (tmp_path / "stranger.log").read_text()
-
-        shell(provision(directory), "register", directory)
-        [first] = registered(directory)
         with join(site, log := tmp_path / "site.log") as node:
-            wait_for(lambda: nodes(directory)[first] == "online", node, log)
-            command = Path(f"/proc/{node.pid}/cmdline").read_bytes().split(b"\0")
-            assert str(BIN / "flower-supernode").encode() in command  # it became the SuperNode
+            wait_for(lambda: REFUSED in log.read_text(), node, log)  # provisioned, not admitted yet
+            shell(provision(directory), "register", directory)
+            [first] = registered(directory)
+            wait_for(lambda: nodes(directory)[first] == "online", node, log)  # without a new start
+            assert log.read_text().count(REFUSED) == 1
 
-        lines = list(provision(directory, rotate="st-mary"))
-        shell(lines, "unregister", directory)
-        shell(lines, "register", directory)
-        with join(site, tmp_path / "old.log") as old:
-            assert ends(old) != 0
-        assert "Failed to activate SuperNode" in (tmp_path / "old.log").read_text()
-        shutil.copy(directory / "kits" / "st-mary" / "site.key", site / "site.key")
-        with join(site, log := tmp_path / "new.log") as node:
+            lines = list(provision(directory, rotate="st-mary"))
+            shell(lines, "unregister", directory)
+            shell(lines, "register", directory)
+            wait_for(lambda: log.read_text().count(REFUSED) == 2, node, log)  # sent away
             [second] = registered(directory) - {first}
+            assert nodes(directory)[second] == "registered"
+            shutil.copy(directory / "kits" / "st-mary" / "site.key", site / "site.key")
             wait_for(lambda: nodes(directory)[second] == "online", node, log)
-            shell(provision(directory, revoke="st-mary"), "unregister", directory)
-            ends(node)  # one that runs is sent away too
+        shell(provision(directory, revoke="st-mary"), "unregister", directory)
         assert set(nodes(directory).values()) == {"unregistered"}
 
 

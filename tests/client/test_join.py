@@ -1,12 +1,15 @@
 import datetime as dt
 import os
+import sys
+import threading
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from client import join as module
-from client.join import join, supernode_command
+from client.join import check_kit, join
+from client.parts import Meeting, await_secret, make_secret
 from client.site import load_site
 from core.errors import UserError
 from server.certificates import make_authority, new_key, private_pem
@@ -21,20 +24,36 @@ def kit(tmp_path):
     return tmp_path / "study" / "kits" / "st-mary"
 
 
-def command(kit):
-    return supernode_command(kit / "site.toml", load_site(kit / "site.toml"), 9094)
+def check(kit):
+    return check_kit(kit / "site.toml", load_site(kit / "site.toml"))
+
+
+def meeting(kit, port=9123):
+    return Meeting("127.0.0.1", port, f"127.0.0.1:{port}", kit / "state" / "runtime.secret")
 
 
 def option(words, name):
     return words[words.index(name) + 1]
 
 
-def test_a_kit_becomes_a_silent_supernode_with_its_key(kit, monkeypatch):
-    started = []
-    monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
+@pytest.fixture
+def started(monkeypatch):
+    """What `join` turns into, instead of doing so."""
+    calls = []
+
+    def execve(*call):
+        calls.append(call)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", execve)
+    return calls
+
+
+def test_the_supernode_part_becomes_a_silent_supernode_with_the_key(kit, started, monkeypatch):
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     monkeypatch.delenv("FLWR_HOME", raising=False)
-    join(kit / "site.toml", 9123)
+    with pytest.raises(SystemExit):
+        join(kit / "site.toml", meeting(kit), "supernode")
     [(program, words, environment)] = started
     assert os.path.basename(program) == "flower-supernode"
     assert option(words, "--superlink") == load_site(kit / "site.toml").coordinator.superlink
@@ -42,6 +61,8 @@ def test_a_kit_becomes_a_silent_supernode_with_its_key(kit, monkeypatch):
     assert option(words, "--auth-supernode-private-key") == str(kit / "site.key")
     assert option(words, "--node-config") == f'site="{kit / "site.toml"}"'
     assert (option(words, "--host"), option(words, "--port")) == ("127.0.0.1", "9123")
+    assert option(words, "--isolation") == "process"
+    assert option(words, "--superexec-auth-secret-file") == str(meeting(kit).secret)
     assert "--insecure" not in words
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
@@ -50,26 +71,81 @@ def test_a_kit_becomes_a_silent_supernode_with_its_key(kit, monkeypatch):
     assert (kit / "state").stat().st_mode & 0o777 == 0o700
 
 
+def test_the_supernode_part_makes_the_secret_once_for_its_owner_alone(kit, started):
+    made = set()
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            join(kit / "site.toml", meeting(kit), "supernode")
+        secret = meeting(kit).secret
+        assert secret.stat().st_mode & 0o777 == 0o600
+        made.add(secret.read_bytes())
+    [data] = made
+    assert len(data) == 64
+
+
+def test_the_trainer_part_speaks_to_the_supernode_alone(kit, started, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example.org")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "lib", "/opt/torch"]))
+    secret = kit / "elsewhere"
+    make_secret(secret)
+    with pytest.raises(SystemExit):
+        join(kit / "site.toml", Meeting("", 1, "supernode:9094", secret), "trainer")
+    [(program, words, environment)] = started
+    assert program == sys.executable
+    assert words[1:5] == ["-P", "-m", "client.trainer", str(kit / "site.toml")]
+    assert option(words, "--runtime-api-address") == "supernode:9094"
+    assert option(words, "--superexec-auth-secret-file") == str(secret)
+    assert "HTTP_PROXY" not in environment
+    paths = environment["PYTHONPATH"].split(os.pathsep)
+    assert paths[-1] == "/opt/torch"
+    assert all(os.path.isabs(path) for path in paths)  # no current folder, by whatever name
+
+
+def test_the_trainer_part_waits_for_the_secret(kit):
+    secret = meeting(kit).secret
+    later = threading.Timer(0.3, make_secret, [secret])
+    later.start()
+    await_secret(secret, seconds=0.05)
+    assert secret.exists()
+
+
+def test_a_secret_that_others_may_read_is_refused(kit):
+    secret = kit / "secret"
+    make_secret(secret)
+    secret.chmod(0o640)
+    for use in (make_secret, await_secret):
+        with pytest.raises(UserError, match=r"open to others .*\(mode 640\); run: chmod 600"):
+            use(secret)
+
+
+def test_a_second_join_of_a_site_is_refused_while_the_first_runs(kit, monkeypatch):
+    monkeypatch.setattr(module, "supervise", lambda *_: join(kit / "site.toml", meeting(kit)))
+    with pytest.raises(UserError, match=r"site 'st-mary' has joined already"):
+        join(kit / "site.toml", meeting(kit))
+    monkeypatch.setattr(module, "supervise", lambda *_: None)
+    join(kit / "site.toml", meeting(kit))  # and not once it has ended
+
+
 @pytest.mark.parametrize("key", ["superlink", "root_certificates", "private_key"])
 def test_what_the_site_file_does_not_say_is_asked_for(kit, key):
     lines = (kit / "site.toml").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(key)]
     (kit / "site.toml").write_text("\n".join(kept))
     with pytest.raises(UserError, match=rf"site.toml': \[coordinator\] {key} is missing; take it"):
-        command(kit)
+        check(kit)
 
 
 def test_a_key_that_others_may_read_is_refused(kit):
     for mode in (0o640, 0o604, 0o620):
         (kit / "site.key").chmod(mode)
         with pytest.raises(UserError, match=rf"open to others .*\(mode {mode:o}\); run: chmod 600"):
-            command(kit)
+            check(kit)
 
 
 def test_a_missing_key_is_named(kit):
     (kit / "site.key").unlink()
     with pytest.raises(UserError, match=r"site.key' cannot be read: No such file"):
-        command(kit)
+        check(kit)
 
 
 def test_a_key_that_flower_would_not_take_is_refused_without_quoting_it(kit):
@@ -81,7 +157,7 @@ def test_a_key_that_flower_would_not_take_is_refused_without_quoting_it(kit):
     for data in (b"", whole[: len(whole) // 2], edwards, private_pem(new_key())):
         file.write_bytes(data)
         with pytest.raises(UserError, match=r"holds no unencrypted elliptic-curve key") as caught:
-            command(kit)
+            check(kit)
         assert not any(line in str(caught.value) for line in data.decode().splitlines())
 
 
@@ -89,10 +165,10 @@ def test_root_certificates_that_are_no_certificates_are_refused(kit):
     for data in (b"", b"hello", (kit / "ca.crt").read_bytes()[:200]):
         (kit / "ca.crt").write_bytes(data)
         with pytest.raises(UserError, match=r"ca.crt' cannot be read as PEM: .*; put ca.crt"):
-            command(kit)
+            check(kit)
     (kit / "ca.crt").unlink()
     with pytest.raises(UserError, match=r"ca.crt' cannot be read as PEM: No such file"):
-        command(kit)
+        check(kit)
 
 
 def test_an_expired_authority_is_refused(kit):
@@ -100,10 +176,10 @@ def test_an_expired_authority_is_refused(kit):
     certificate = make_authority(new_key(), born)
     (kit / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
     with pytest.raises(UserError, match=r"ca.crt' expired on .*; ask the coordinator"):
-        command(kit)
+        check(kit)
 
 
 def test_without_flower_beside_this_python_it_says_so(kit, monkeypatch, tmp_path):
-    monkeypatch.setattr(module.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match=r"flower-supernode' does not exist; install flwr"):
-        join(kit / "site.toml", 9094)
+        join(kit / "site.toml", meeting(kit))
