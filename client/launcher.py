@@ -37,7 +37,7 @@ FLOWER: Final = "1.41.0"
 
 def main() -> None:
     """Run the task whose token stands on the first line of standard input."""
-    logging.basicConfig(format="%(asctime)s %(message)s")
+    _log_ours()
     arguments = _parser().parse_args()
     try:
         check_own_code()
@@ -147,6 +147,15 @@ class Task:
         if message is not self._reply:
             message.error = Error(CLIENT_APP_ERROR, FAILED)  # raises if it holds anything else
         self._push(connection, message, context)
+
+
+def _log_ours() -> None:
+    """Print our own warnings; Flower's lines would tell of steps that do not happen here."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("fedmermed")
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ STEADY_SECONDS: Final = 60.0
 """A program that ran so long begins again with the first pause."""
 STOP_SECONDS: Final = 8.0
 """Time to end after SIGTERM: Flower gives itself five seconds, but not always keeps to them."""
+COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class _Child:
 
     def _read(self, output: IO[bytes]) -> None:
         """Pass on what the program prints, and say in plain words what matters of it."""
-        for line in output:
+        for coloured in output:
+            if not (line := COLOUR.sub(b"", coloured)).split(b":")[-1].strip():
+                continue
             with suppress(OSError, ValueError):  # nobody reads us any more; the program goes on
                 sys.stdout.buffer.write(f"{self._program.name}: ".encode() + line)
                 sys.stdout.buffer.flush()
