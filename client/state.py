@@ -70,6 +70,7 @@ class SiteState:
         arrays, _ = load_arrays(path / "reply.safetensors")
         carrier = GlobalState.from_arrays(arrays)
         return SiteUpdate(
+            round_number=round_number,
             student=carrier.student,
             teacher=carrier.teacher,
             prototypes=carrier.prototypes,

@@ -11,8 +11,10 @@ from core.config import Recipe
 from core.modalities import MODALITIES
 from core.wire import (
     COUNTS,
+    METRICS,
     NUM_EXAMPLES,
     PROTOTYPES,
+    ROUND,
     STUDENT,
     TEACHER,
     GlobalState,
@@ -24,6 +26,9 @@ from core.wire import (
 
 UNIT_TOLERANCE = 1e-3
 """Allowed distance of a prototype's norm from 1."""
+HEADER_BYTES = 512
+"""Allowed of an array beside its numbers, its name included."""
+MOST_METRICS = (len(METRICS) + 1) * (len(MODALITIES) + 1) + 1
 
 
 class Rejected(Exception):
@@ -56,29 +61,35 @@ def admit(
         Rejected: the first of the guarantees below that does not hold.
 
     **Guarantees** for an admitted update:
+        - It says that it answers this round.
         - Arrays are exactly the global student's (and the teacher's, when the recipe averages
           teachers), with their shapes, float32 and finite, plus prototypes; nothing else.
         - Student and teacher each lie within `max_update_norm` times the norm of what was sent.
         - Prototypes are unit rows of the recipe's dimension, at most its number, each of at least
-          its minimum of patients and no more patients than images, for modalities the site holds.
+          its minimum of patients and no more patients than images, for modalities the site holds;
+          a modality's counts sum to no more than the entries of the memory they are made of.
         - Numbers of examples are whole, between 1 and `max_examples`, one modality at the least.
-        - Metrics are on the closed list and finite.
+        - Metrics are on the closed list, finite, and within the range of each.
     """
     try:
-        expected = {STUDENT + name: a for name, a in reference.student.items()}
-        if recipe.federation.teacher == "average":
-            expected |= {TEACHER + name: a for name, a in reference.teacher.items()}
+        _check_round(metrics, round_number)
+        expected = expected_arrays(reference, recipe)
         weights = {n: a for n, a in arrays.items() if not n.startswith((PROTOTYPES, COUNTS))}
         _check_names(weights, expected)
         for name, array in arrays.items():
             _check_array(name, array, expected.get(name))
         examples = _check_metrics(metrics, recipe.federation.max_examples)
         update = SiteUpdate(
+            round_number=round_number,
             student=take(arrays, STUDENT),
             teacher=take(arrays, TEACHER),
             prototypes=Prototypes(take(arrays, PROTOTYPES), take(arrays, COUNTS)),
             num_examples=examples,
-            metrics={n: float(v) for n, v in metrics.items() if not n.startswith(NUM_EXAMPLES)},
+            metrics={
+                n: float(v)
+                for n, v in metrics.items()
+                if n != ROUND and not n.startswith(NUM_EXAMPLES)
+            },
         )
         limit = recipe.federation.max_update_norm
         _check_distance("student", update.student, reference.student, limit)
@@ -91,6 +102,34 @@ def admit(
     return update
 
 
+def expected_arrays(reference: GlobalState, recipe: Recipe) -> Arrays:
+    """The weights that are asked for, under their wire names, as they were sent."""
+    expected = {STUDENT + name: a for name, a in reference.student.items()}
+    if recipe.federation.teacher == "average":
+        expected |= {TEACHER + name: a for name, a in reference.teacher.items()}
+    return expected
+
+
+def most_bytes(reference: GlobalState, recipe: Recipe) -> tuple[int, int]:
+    """The most arrays and bytes that a reply can have which may be admitted.
+
+    Prototypes of all modalities are counted in, whichever a site holds.
+    """
+    expected = expected_arrays(reference, recipe)
+    federation, dim = recipe.federation, recipe.model.embedding_dim
+    rows = len(MODALITIES) * federation.prototypes_per_modality
+    arrays = len(expected) + 2 * len(MODALITIES) + 2
+    numbers = sum(a.nbytes for a in expected.values()) + 4 * rows * (dim + 1)
+    return arrays, numbers + HEADER_BYTES * arrays + sum(len(name.encode()) for name in expected)
+
+
+def update_norm(sent: Mapping[str, NDArray[Any]], reference: Arrays) -> float:
+    """Euclidean length of what a site changed, summed in float64 in name order."""
+    return float(
+        np.sqrt(sum(_squares(sent[n].astype(np.float64) - reference[n]) for n in sorted(sent)))
+    )
+
+
 def printable(text: str, limit: int = 300) -> str:
     """Text from outside, cut and stripped of control characters, so that it may be shown."""
     clean = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
@@ -99,6 +138,21 @@ def printable(text: str, limit: int = 300) -> str:
 
 class _Bad(Exception):
     """One failed check; `admit` adds who and when."""
+
+
+def _check_round(metrics: Mapping[str, Any], round_number: int) -> None:
+    if ROUND not in metrics:
+        raise _Bad(f"'{ROUND}' is missing: the site's software is older than this server's")
+    found = metrics[ROUND]
+    if type(found) is not int or found != round_number:
+        raise _Bad(f"it answers round {_shown(found)}, not this one")
+
+
+def _shown(value: Any) -> str:
+    """A value from outside, short; a long list or a number of a million digits is not spelt out."""
+    if type(value) is float or (type(value) is int and abs(value) < 10**18):
+        return repr(value)
+    return f"of type {type(value).__name__}" if type(value) is not bool else repr(value)
 
 
 def _check_names(weights: Arrays, expected: Arrays) -> None:
@@ -119,19 +173,26 @@ def _check_array(name: str, array: Any, expected: Any) -> None:
 
 
 def _check_metrics(metrics: Mapping[str, Any], max_examples: int) -> dict[str, int]:
+    if len(metrics) > MOST_METRICS:
+        raise _Bad(f"{len(metrics)} metrics were sent, at most {MOST_METRICS} are on the list")
     examples: dict[str, int] = {}
     for name, value in metrics.items():
         shown = printable(name, 80)
         if not metric_is_declared(name):
             raise _Bad(f"metric '{shown}' is not on the list of what may be sent")
+        if name == ROUND:
+            continue
         if name.startswith(NUM_EXAMPLES):
             if type(value) is not int or not 1 <= value <= max_examples:
                 raise _Bad(
-                    f"'{shown}' is {value!r}, expected a whole number from 1 to {max_examples}"
+                    f"'{shown}' is {_shown(value)}, expected a whole number from 1 to "
+                    f"{max_examples}"
                 )
             examples[name.removeprefix(NUM_EXAMPLES)] = value
-        elif type(value) not in (int, float) or not np.isfinite(value):
-            raise _Bad(f"metric '{shown}' is {value!r}, expected a finite number")
+            continue
+        low, high = METRICS[name.partition("/")[0]]
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise _Bad(f"metric '{shown}' is {_shown(value)}, expected from {low:g} to {high:g}")
     if not examples:
         raise _Bad(f"no '{NUM_EXAMPLES}<modality>' was sent, expected one at the least")
     return examples
@@ -140,7 +201,7 @@ def _check_metrics(metrics: Mapping[str, Any], max_examples: int) -> dict[str, i
 def _check_distance(
     what: str, sent: Mapping[str, NDArray[Any]], reference: Arrays, limit: float
 ) -> None:
-    moved = np.sqrt(sum(_squares(sent[n].astype(np.float64) - reference[n]) for n in sorted(sent)))
+    moved = update_norm(sent, reference)
     size = np.sqrt(sum(_squares(reference[n].astype(np.float64)) for n in sorted(sent)))
     if not moved <= limit * size:
         raise _Bad(
@@ -175,4 +236,9 @@ def _check_prototypes(update: SiteUpdate, recipe: Recipe) -> None:
             raise _Bad(
                 f"counts of {shown} range from {patients.min():g} to {patients.max():g}, expected "
                 f"{fewest} patients at the least and no more than the {images} images"
+            )
+        if (total := float(patients.sum(dtype=np.float64))) > recipe.memory.entries_per_modality:
+            raise _Bad(
+                f"counts of {shown} sum to {total:g}, more than the memory's "
+                f"{recipe.memory.entries_per_modality} entries"
             )

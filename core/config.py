@@ -172,6 +172,23 @@ class FederationConfig(Strict):
     """Largest admitted |update| in units of |global student|."""
     max_examples: Count = 100_000_000
     """Largest admitted number of images of a site and modality."""
+    robust: Literal["norm_bound", "trimmed_mean", "none"] = "norm_bound"
+    """norm_bound: longer updates are cut to `norm_bound`; trimmed_mean: at every weight the lowest
+    and highest fifth of the sites are left out (needs five sites); none: the plain mean."""
+    norm_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    """In units of the median of the round's updates; a site beyond it is reported in any case."""
+    quarantine_after: Annotated[int, Field(ge=0)] = 3
+    """A site rejected or reported as an outlier so many times in a row is not asked again until the
+    coordinator releases it; 0: never."""
+
+    @model_validator(mode="after")
+    def _trimming_leaves_some(self) -> Self:
+        if self.robust == "trimmed_mean" and self.min_sites < 5:
+            raise ValueError(
+                "robust = 'trimmed_mean' leaves out the lowest and the highest fifth of the sites: "
+                "raise 'min_sites' to 5 at the least, or take 'norm_bound'"
+            )
+        return self
 
 
 class EvaluationConfig(Strict):

@@ -116,6 +116,7 @@ def site_round(
             prototypes.centroids[name], prototypes.counts[name] = centroids, counts
 
     update = SiteUpdate(
+        round_number=rounds_done + 1,
         student=network_arrays(state.student),
         teacher=network_arrays(state.teacher) if recipe.federation.teacher == "average" else {},
         prototypes=prototypes,

@@ -7,8 +7,9 @@ Down (server to site), RecordDict with two records:
 Up (site to server), RecordDict with two records:
   "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor> (only when the recipe averages
                           teachers), prototypes/<modality>, prototype_counts/<modality>
-  "metrics" MetricRecord  num_examples/<modality> (int, at least one), and floats named
-                          <metric>/<modality> or <metric> with <metric> in METRICS
+  "metrics" MetricRecord  round (int, the one that is answered), num_examples/<modality> (int, at
+                          least one), and floats named <metric>/<modality> or <metric> with
+                          <metric> in METRICS
 A query message ("config": study) is answered with ConfigRecord "info": site, version.
 
 An evaluate message measures a released backbone on a site's own labels. Down:
@@ -39,22 +40,24 @@ TEACHER: Final = "teacher/"
 PROTOTYPES: Final = "prototypes/"
 COUNTS: Final = "prototype_counts/"
 NUM_EXAMPLES: Final = "num_examples/"
+ROUND: Final = "round"
 
 NOT_NOW: Final = 102
 """Code of an error reply to a message that the site would take at another hour."""
 
-METRICS: Final = (
-    "loss",
-    "koleo",
-    "loss_ceiling",
-    "teacher_entropy",
-    "mean_cosine",
-    "rankme",
-    "knn_auroc",
-    "seconds_train",
-    "seconds_evaluate",
-)
-"""Scalars a site may send, bare or as <metric>/<modality>; see core.collapse and core.train."""
+METRICS: Final[Mapping[str, tuple[float, float]]] = {
+    "loss": (-1e6, 1e6),
+    "koleo": (-1e6, 1e6),
+    "loss_ceiling": (0, 1e3),
+    "teacher_entropy": (-1e-3, 1e3),
+    "mean_cosine": (-1.001, 1.001),
+    "rankme": (0, 1e6),
+    "knn_auroc": (0, 1),
+    "seconds_train": (0, 1e8),
+    "seconds_evaluate": (0, 1e8),
+}
+"""Scalars a site may send, bare or as <metric>/<modality>, and the range in which each can lie,
+rounding included; see core.collapse and core.train."""
 
 BACKBONE: Final = "backbone/"
 PROBE_WEIGHT: Final = "probe_weight/"
@@ -104,6 +107,8 @@ class GlobalState:
 class SiteUpdate:
     """What a site sends back after a round; `teacher` is empty when the server rebuilds it."""
 
+    round_number: int
+    """The round it answers."""
     student: Mapping[str, NDArray[Any]]
     teacher: Mapping[str, NDArray[Any]]
     prototypes: Prototypes
@@ -116,9 +121,9 @@ class SiteUpdate:
         return flatten(self.student, self.teacher, self.prototypes)
 
     def to_metrics(self) -> dict[str, int | float]:
-        """Counts and metrics under their wire names."""
+        """Round, counts and metrics under their wire names."""
         counts = {f"{NUM_EXAMPLES}{m}": n for m, n in self.num_examples.items()}
-        return {**counts, **self.metrics}
+        return {ROUND: self.round_number, **counts, **self.metrics}
 
 
 def flatten(
@@ -144,6 +149,8 @@ def take(arrays: Arrays, prefix: str) -> Arrays:
 def metric_is_declared(name: str) -> bool:
     """Whether a scalar's name is on the closed list."""
     metric, slash, modality = name.partition("/")
+    if name == ROUND:
+        return True
     if metric == NUM_EXAMPLES.rstrip("/"):
         return modality in MODALITIES
     return metric in METRICS and (not slash or modality in MODALITIES)

@@ -8,6 +8,7 @@ from core.wire import Prototypes, SiteUpdate
 
 def update(value):
     return SiteUpdate(
+        round_number=value,
         student={"w": np.full(3, value, np.float32)},
         teacher={"w": np.full(3, -value, np.float32)},
         prototypes=Prototypes({"ct": np.eye(2, dtype=np.float32)}, {"ct": np.full(2, 12.0)}),

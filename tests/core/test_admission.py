@@ -19,7 +19,9 @@ def good(reference):
         teacher=reference.teacher,
         prototypes=Prototypes({"ct": rows}, {"ct": np.array([2, 5, 9], np.float32)}),
     )
-    return update.to_arrays(), {"num_examples/ct": 20, "loss/ct": 3.5, "seconds_train": 1.0}
+    return update.to_arrays(), {
+        "round": 7, "num_examples/ct": 20, "loss/ct": 3.5, "seconds_train": 1.0,
+    }  # fmt: skip
 
 
 def judge(arrays, metrics, reference, recipe):
@@ -30,6 +32,7 @@ def judge(arrays, metrics, reference, recipe):
 
 def test_a_good_update_is_admitted_as_it_is(good, reference, recipe):
     update = judge(*good, reference, recipe)
+    assert update.round_number == 7
     assert update.num_examples == {"ct": 20}
     assert update.metrics == {"loss/ct": 3.5, "seconds_train": 1.0}
     assert update.prototypes.counts["ct"].tolist() == [2.0, 5.0, 9.0]
@@ -59,6 +62,10 @@ BAD_ARRAYS = {
     "few patients": ({"prototype_counts/ct": np.array([1, 5, 9], np.float32)}, "range from 1 to 9"),
     "negative": ({"prototype_counts/ct": np.array([-5, 5, 9], np.float32)}, "range from -5 to 9"),
     "huge": ({"prototype_counts/ct": np.array([2, 5, 1e30], np.float32)}, "the 20 images"),
+    "more than the memory": (
+        {"prototype_counts/ct": np.array([11, 11, 11], np.float32)},
+        "counts of 'prototypes/ct' sum to 33, more than the memory's 32 entries",
+    ),
     "nan counts": ({"prototype_counts/ct": np.array([2, 5, np.nan], np.float32)}, "not finite"),
 }
 
@@ -83,7 +90,25 @@ BAD_METRICS = {
     "huge": ({"num_examples/ct": 10**12}, "is 1000000000000, expected"),
     "fraction": ({"num_examples/ct": 20.0}, "is 20.0, expected"),
     "bool": ({"num_examples/ct": True}, "is True, expected"),
-    "list": ({"loss/ct": [1.0]}, r"metric 'loss/ct' is \[1.0\], expected a finite number"),
+    "list": ({"loss/ct": [1.0]}, "metric 'loss/ct' is of type list, expected from -1e"),
+    "count list": (
+        {"num_examples/ct": [20]},
+        "'num_examples/ct' is of type list, expected a whole",
+    ),
+    "vast": ({"num_examples/ct": 10**5000}, "'num_examples/ct' is of type int, expected a whole"),
+    "vast metric": ({"loss/ct": -(10**5000)}, "metric 'loss/ct' is of type int, expected from"),
+    "bool metric": ({"loss/ct": True}, "metric 'loss/ct' is True, expected from"),
+    "auroc": ({"knn_auroc/ct": 1.5}, "metric 'knn_auroc/ct' is 1.5, expected from 0 to 1"),
+    "cosine": ({"mean_cosine/ct": -2.0}, "'mean_cosine/ct' is -2.0, expected from -1.001 to 1.001"),
+    "seconds": ({"seconds_train": -1.0}, "'seconds_train' is -1.0, expected from 0"),
+    "other round": ({"round": 6}, "it answers round 6, not this one"),
+    "round as a list": ({"round": [7]}, "it answers round of type list, not this one"),
+    "round as a float": ({"round": 7.0}, "it answers round 7.0, not this one"),
+    "no round": ({"round": None}, "'round' is missing: the site's software is older"),
+    "many metrics": (
+        {f"loss/{number}": 1.0 for number in range(100)},
+        "104 metrics were sent, at most 81",
+    ),
     "nan": ({"loss/ct": float("nan")}, "metric 'loss/ct' is nan"),
     "unknown": ({"patient_age/ct": 1.0}, "metric 'patient_age/ct' is not on the list"),
     "modality": ({"num_examples/mri": 20}, "metric 'num_examples/mri' is not on the list"),

@@ -194,7 +194,7 @@ def test_rounds_left_are_told_for_each_study(site, recipe):
     site = with_policy(site, max_rounds=5)
     assert "none used yet" in data.budget(site, recipe).found
     update = SiteUpdate(
-        student={"w": np.zeros(1)}, teacher={}, prototypes=Prototypes({}, {}),
+        round_number=3, student={"w": np.zeros(1)}, teacher={}, prototypes=Prototypes({}, {}),
         num_examples={"ct": 1}, metrics={},
     )  # fmt: skip
     open_state(site.state_path, "ab" * 16).commit(3, "digest", update, {})
