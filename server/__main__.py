@@ -120,6 +120,21 @@ def provision(
         typer.echo(line)
 
 
+@app.command()
+def quarantine(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    site: Annotated[
+        str | None, typer.Argument(help="Not to be asked any more; none: list.")
+    ] = None,
+    release: Annotated[bool, typer.Option("--release", help="Ask it again.")] = False,
+) -> None:
+    """List sites in quarantine, put one there, or release it; also while the study runs."""
+    from server.quarantine import manage
+
+    for line in manage(run, site, release=release):
+        typer.echo(line)
+
+
 def main() -> None:
     """Entry point of the console script."""
     run_command_line(app)

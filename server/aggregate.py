@@ -12,6 +12,7 @@ from core.config import Recipe
 from core.prototypes import decay_prototypes, merge_prototypes
 from core.schedules import ema_momentum
 from core.wire import GlobalState, Prototypes, SiteUpdate
+from server.robust import cap_prototypes, trimmed_mean
 
 
 def balanced_weights(num_examples: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
@@ -82,19 +83,22 @@ def aggregate(
     """
     weights = balanced_weights({site: update.num_examples for site, update in updates.items()})
     ordered = [updates[site] for site in weights]
-    student = weighted_mean([u.student for u in ordered], list(weights.values()))
-    if recipe.federation.teacher == "average":
-        teacher = weighted_mean([u.teacher for u in ordered], list(weights.values()))
+    federation = recipe.federation
+    mean = trimmed_mean if federation.robust == "trimmed_mean" else weighted_mean
+    student = mean([u.student for u in ordered], list(weights.values()))
+    if federation.teacher == "average":
+        teacher = mean([u.teacher for u in ordered], list(weights.values()))
     else:
-        first_step = (round_number - 1) * recipe.federation.local_steps
+        first_step = (round_number - 1) * federation.local_steps
         teacher = rebuild_teacher(state.teacher, student, recipe, first_step)
     kept = {
-        site: decay_prototypes(prototypes, recipe.federation.prototype_decay)
+        site: decay_prototypes(prototypes, federation.prototype_decay)
         for site, prototypes in contributions.items()
         if site not in updates
     }
     kept |= {site: update.prototypes for site, update in updates.items()}
     kept = {site: kept[site] for site in sorted(kept) if kept[site].counts}
-    most = recipe.federation.prototypes_per_modality
-    merged = merge_prototypes(kept, most, recipe.seed, round_number)
+    weighed = kept if federation.robust == "none" else cap_prototypes(kept, federation.norm_bound)
+    most = federation.prototypes_per_modality
+    merged = merge_prototypes(weighed, most, recipe.seed, round_number)
     return GlobalState(student=student, teacher=teacher, prototypes=merged), kept, weights

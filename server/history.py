@@ -5,6 +5,7 @@ RUN/study.json                 the study's random id, when it began, versions
 RUN/round-0000.safetensors     the initial state; then one file a round, all kept
 RUN/history.jsonl              one line a round: sites, outcomes, figures, digest of the checkpoint
 RUN/failure.json               why the last run stopped, if it did
+RUN/quarantine.json            which sites are not asked, and why (server/quarantine.py)
 and, while a round runs, a file without a name with the updates that were admitted (server/spool.py)
 A round is done when its line and its intact checkpoint are there; a line is written after its
 checkpoint. Checkpoints hold no time and no id: equal studies give equal files.

@@ -4,12 +4,14 @@ import logging
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.common.constant import SType
 
-from core.admission import Rejected, admit, printable
-from core.checkpoint import Arrays
+from core.admission import MOST_METRICS, Rejected, admit, most_bytes, printable, update_norm
+from core.checkpoint import Arrays, sha256_arrays
 from core.collapse import alarm
 from core.config import Recipe
-from core.wire import GlobalState, SiteUpdate
+from core.npy import NotAnArray, read_npy
+from core.wire import STUDENT, GlobalState, SiteUpdate
 from server.history import Line
 
 LOG = logging.getLogger("fedmermed.server")
@@ -35,7 +37,9 @@ def judge(
         LOG.warning("site '%s', round %d: error: %s", site, round_number, reason)
         return None, {"outcome": "error", "reason": reason}
     try:
+        _check_size(site, round_number, reply.content, most_bytes(reference, recipe))
         arrays, metrics = _read(site, round_number, reply.content)
+        digest = sha256_arrays({n: a for n, a in arrays.items() if n.startswith(STUDENT)})
         update = admit(
             arrays, metrics, site=site, round_number=round_number, reference=reference,
             recipe=recipe,
@@ -43,8 +47,16 @@ def judge(
     except Rejected as rejected:
         LOG.warning("%s", rejected)
         return None, {"outcome": "rejected", "reason": str(rejected)}
-    counts, figures = update.num_examples, update.metrics
-    return update, {"outcome": "admitted", "num_examples": counts, "metrics": figures}
+    outcome: Line = {
+        "outcome": "admitted",
+        "num_examples": update.num_examples,
+        "metrics": update.metrics,
+        "digest": digest,
+        "update_norm": update_norm(update.student, reference.student),
+    }
+    if update.teacher:
+        outcome["teacher_norm"] = update_norm(update.teacher, reference.teacher)
+    return update, outcome
 
 
 def mean_metrics(updates: dict[str, SiteUpdate]) -> dict[str, float]:
@@ -80,6 +92,23 @@ def count_bytes(content: RecordDict) -> int:
     return sum(record.count_bytes() for record in content.values())
 
 
+def _check_size(site: str, round_number: int, content: RecordDict, most: tuple[int, int]) -> None:
+    """Refuse a reply that is larger than any that could be admitted, before it is decoded."""
+    arrays = sum(len(record) for record in content.array_records.values())
+    numbers = sum(record.count_bytes() for record in content.array_records.values())
+    metrics = content.metric_records.values()
+    values = sum(len(v) if isinstance(v, list) else 1 for m in metrics for v in m.values())
+    for what, found, limit in (
+        ("arrays", arrays, most[0]), ("bytes of arrays", numbers, most[1]),
+        ("metrics", values, MOST_METRICS),
+    ):  # fmt: skip
+        if found > limit:
+            raise Rejected(
+                f"site '{site}', round {round_number}: the reply has {found} {what}, no update of "
+                f"this study has more than {limit}; update rejected"
+            )
+
+
 def _read(site: str, round_number: int, content: RecordDict) -> tuple[Arrays, dict[str, Any]]:
     """Take a reply apart, and its arrays out of it.
 
@@ -96,10 +125,13 @@ def _read(site: str, round_number: int, content: RecordDict) -> tuple[Arrays, di
     record = content.array_records["arrays"]
     for name in list(record):
         try:
-            arrays[name] = record.pop(name).numpy()  # the bytes go as the numbers come
-        except Exception as error:  # whatever hostile bytes make numpy raise
+            array = record.pop(name)  # what is not an array in numpy's format goes with its bytes
+            if array.stype != SType.NUMPY:
+                raise NotAnArray("not in numpy's format")
+            arrays[name] = read_npy(array.data)
+        except NotAnArray as error:
             raise Rejected(
-                f"{where}: array '{printable(name, 80)}' cannot be decoded "
-                f"({type(error).__name__}); update rejected"
+                f"{where}: array '{printable(name, 80)}' cannot be decoded ({error}); update "
+                "rejected"
             ) from None
     return arrays, dict(content.metric_records["metrics"])

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -24,10 +25,13 @@ class Roster:
     """node -> site, also of nodes that are gone"""
     refused: dict[int, str] = field(default_factory=dict)
     """node -> why it takes no part in this round"""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """site -> why it is not asked"""
 
-    def begin_round(self) -> None:
-        """Give nodes that were refused another chance."""
+    def begin_round(self, quarantined: Mapping[str, str]) -> None:
+        """Give nodes that were refused another chance, and take note of who is held now."""
         self.refused.clear()
+        self.quarantined = dict(quarantined)
 
     def present(self, grid: Grid) -> dict[str, int]:
         """Ask new nodes who they are; returns site -> node of those who are connected.
@@ -40,7 +44,7 @@ class Roster:
             self._ask(grid, unknown)
         sites: dict[str, int] = {}
         for node, name in self.names.items():
-            if node not in online:
+            if node not in online or name in self.quarantined:
                 continue
             if name in sites:
                 self._refuse(node, f"another node already answers as site '{name}'")

@@ -75,15 +75,27 @@ class SpooledArrays(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         place = self._places[name]
-        self._file.seek(place.offset)
         count = int(np.prod(place.shape, dtype=np.int64))
+        return self.part(name, slice(0, count)).reshape(place.shape)
+
+    def part(self, name: str, part: slice) -> NDArray[Any]:
+        """Numbers of an array, in C order."""
+        place, count = self._places[name], part.stop - part.start
+        self._file.seek(place.offset + part.start * place.dtype.itemsize)
         # Read, not mapped: pages of a map would count as memory of this process.
         array = np.fromfile(self._file, place.dtype, count)
         assert array.size == count, "the spool is shorter than what was written"
-        return array.reshape(place.shape)
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def read_part(arrays: Mapping[str, NDArray[Any]], name: str, part: slice) -> NDArray[Any]:
+    """Numbers of a named array in C order; of a spooled one, no more than they are read."""
+    if isinstance(arrays, SpooledArrays):
+        return arrays.part(name, part)
+    return arrays[name].reshape(-1)[part]

@@ -20,22 +20,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from core.config import Recipe
-from core.errors import UserError
 from core.wire import SiteUpdate
 from server.aggregate import aggregate
+from server.attendance import last_sites, require_quorum, wait_for_sites
 from server.exchange import Exchange
-from server.history import Checkpoint, Line, RunDirectory, describe_round, read_history
+from server.history import Checkpoint, RunDirectory, describe_round, read_history
 from server.intake import SILENT, Intake
+from server.quarantine import quarantined
 from server.replies import collapse_alarms, mean_metrics, to_record
 from server.roster import Roster
+from server.screening import screen
 from server.spool import Spool
 
 LOG = logging.getLogger("fedmermed.server")
-POLL_SECONDS = 1.0
-
-
-class QuorumError(UserError):
-    """A round had fewer admitted updates than the recipe's minimum."""
 
 
 class FederatedMemory(Strategy):
@@ -56,8 +53,6 @@ class FederatedMemory(Strategy):
         self.checkpoint = checkpoint
         self.expect_sites = expect_sites
         self.roster = Roster(run.study)
-        lines = read_history(run.path)
-        self._last = lines[-1]["sites"] if lines else {}
         self._exchange: Exchange | None = None
         self._bytes_down = 0
         self._began = time.monotonic()
@@ -87,7 +82,13 @@ class FederatedMemory(Strategy):
         result = Result()
         for server_round in range(self.checkpoint.round_number + 1, num_rounds + 1):
             self._began, self._seconds, self._bytes_down = time.monotonic(), {}, 0
-            sites = self._wait_for_sites(server_round, grid)
+            lines, federation = read_history(self.run.path), self.recipe.federation
+            held = quarantined(self.run.path, lines, federation.quarantine_after)
+            self.roster.begin_round(held)
+            expected = 0 if lines else self.expect_sites
+            sites = wait_for_sites(
+                federation, self.roster, grid, server_round, last_sites(lines), expected
+            )
             self._lap("wait_for_sites")
             LOG.info("round %d of %d: %d sites train", server_round, num_rounds, len(sites))
             self._exchange = self._open_exchange(server_round, grid, timeout)
@@ -138,11 +139,17 @@ class FederatedMemory(Strategy):
         """
         with Spool(self.run.path) as spool:
             intake = self._take_in(server_round, replies, spool)
-            updates, outcomes = intake.updates, intake.outcomes
-            known = set(self.roster.names.values()) | set(self._last)
+            outcomes = intake.outcomes
+            for name, reason in self.roster.quarantined.items():
+                outcomes[name] = {"outcome": "quarantined", "reason": reason}
+            state, lines = self.checkpoint.state, read_history(self.run.path)
+            known = set(self.roster.names.values()) | set(last_sites(lines))
             for name in sorted(known - set(outcomes)):
                 outcomes[name] = {"outcome": "absent", "reason": "not connected"}
-            self._require_quorum(server_round, outcomes)
+            screened = screen(self.recipe, state, lines, intake.updates, outcomes)
+            updates = screened.updates
+            self._lap("screen")
+            require_quorum(self.recipe.federation, server_round, outcomes)
             checkpoint, weights = self._aggregate(server_round, updates)
         self._lap("aggregate")
         for site, weight in weights.items():
@@ -158,12 +165,13 @@ class FederatedMemory(Strategy):
                 "refused_nodes": sorted(self.roster.refused.values()),
                 "metrics": mean_metrics(updates),
                 "alarms": alarms,
+                "outliers": screened.outliers,
                 "bytes_down": self._bytes_down,
                 "bytes_up": intake.bytes_up,
                 "seconds": {name: round(s, 3) for name, s in self._seconds.items()},
             },
         )
-        self.checkpoint, self._last = checkpoint, line["sites"]
+        self.checkpoint = checkpoint
         rounds = self.recipe.federation.rounds
         LOG.info("%s", describe_round(line, rounds), extra={"line": line})
         return None, MetricRecord(dict(line["metrics"]))  # the checkpoint has the arrays
@@ -180,35 +188,6 @@ class FederatedMemory(Strategy):
         """Nothing to aggregate."""
         return None
 
-    def _wait_for_sites(self, server_round: int, grid: Grid) -> dict[str, int]:
-        """The sites to ask, in name order, site -> node.
-
-        A site that took part in the round before is given time to come back; then it is absent.
-        """
-        federation, began = self.recipe.federation, time.monotonic()
-        expected, self.expect_sites = 0 if self._last else self.expect_sites, 0
-        awaited = {site for site, o in self._last.items() if o["outcome"] != "absent"}
-        self.roster.begin_round()
-        while True:
-            sites = self.roster.present(grid)
-            waited = time.monotonic() - began
-            known = len(sites) + len(self.roster.refused)
-            enough = len(sites) >= federation.min_sites
-            patience = federation.wait_for_sites_seconds
-            if enough and (len(sites) >= expected or known >= expected):
-                patience = federation.grace_seconds if awaited - set(sites) else 0.0
-            if waited >= patience or (expected and known >= expected and not enough):
-                break
-            time.sleep(min(POLL_SECONDS, patience - waited))
-        if not enough:
-            why = "".join(f"; {reason}" for reason in sorted(set(self.roster.refused.values())))
-            raise QuorumError(
-                f"round {server_round}: {len(sites)} site(s) connected after {waited:.0f} s, "
-                f"{federation.min_sites} needed{why}; start the missing sites and run again: "
-                "the study resumes"
-            )
-        return dict(sorted(sites.items()))
-
     def _take_in(self, server_round: int, replies: Iterable[Message], spool: Spool) -> Intake:
         exchange = self._exchange
         assert exchange is not None, "start opens the exchange"
@@ -223,30 +202,17 @@ class FederatedMemory(Strategy):
             intake.outcomes.setdefault(site, dict(SILENT)).update(asked.facts())
         return intake
 
-    def _require_quorum(self, server_round: int, outcomes: dict[str, Line]) -> None:
-        admitted = [site for site, o in outcomes.items() if o["outcome"] == "admitted"]
-        if len(admitted) >= self.recipe.federation.min_sites:
-            return
-        failed = [
-            outcome["reason"]
-            if outcome["outcome"] == "rejected"  # such a reason names the site
-            else f"site '{site}' {outcome['outcome']}: {outcome['reason']}"
-            for site, outcome in outcomes.items()
-            if outcome["outcome"] != "admitted"
-        ]
-        raise QuorumError(
-            f"round {server_round}: {len(admitted)} of {len(outcomes)} sites admitted, "
-            f"{self.recipe.federation.min_sites} needed ({'; '.join(failed)}); mend the sites and "
-            f"run again: the study resumes after round {server_round - 1}"
-        )
-
     def _aggregate(
         self, server_round: int, updates: dict[str, SiteUpdate]
     ) -> tuple[Checkpoint, dict[str, float]]:
         state, contributions, weights = aggregate(
             self.recipe,
             self.checkpoint.state,
-            self.checkpoint.contributions,
+            {
+                site: prototypes
+                for site, prototypes in self.checkpoint.contributions.items()
+                if site not in self.roster.quarantined
+            },
             updates,
             round_number=server_round,
         )

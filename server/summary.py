@@ -60,12 +60,13 @@ def summarise(
             "bytes_up": sum(line["bytes_up"] for line in lines),
             "bytes_down": sum(line["bytes_down"] for line in lines),
             "alarms": [words for line in lines for words in line["alarms"]],
+            "outliers": _outliers(lines),
             "model": {"path": str(model), "sha256": digest},
         }
         write_json(file, summary)
     summary = read_json(file)
     console.print(_table(summary))
-    for words in summary["alarms"]:
+    for words in [*summary["alarms"], *summary.get("outliers", ())]:
         console.print(words, style="yellow", markup=False, soft_wrap=True)
     for what, where in (
         ("model", out / "model.safetensors"), ("picture", out / "summary.png"), ("figures", file),
@@ -156,6 +157,23 @@ def _sites(lines: list[Line]) -> dict[str, dict[str, Any]]:
                 row["rounds_admitted"] += 1
                 row["num_examples"] = outcome["num_examples"]
     return sites
+
+
+def _outliers(lines: list[Line]) -> list[str]:
+    """What a coordinator should look at: a sentence a site that was rejected or stood out."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        bad = {o["site"]: o["words"] for o in line.get("outliers", ())}
+        for site, outcome in line["sites"].items():
+            if outcome["outcome"] == "rejected":
+                bad[site] = outcome["reason"]
+        for site, words in bad.items():
+            found.setdefault(site, []).append(words)
+    return [
+        f"site '{site}' was rejected or stood out in {len(words)} of {len(lines)} rounds; "
+        f"the last time: {words[-1]}"
+        for site, words in sorted(found.items())
+    ]
 
 
 def _seconds(lines: list[Line]) -> dict[str, float]:

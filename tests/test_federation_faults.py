@@ -9,10 +9,10 @@ from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDi
 from core.checkpoint import load_arrays
 from core.wire import GlobalState
 from server.app import app as server_app
+from server.attendance import QuorumError
 from server.engines import load_client_app, server_context
 from server.grid import InProcessGrid
 from server.history import open_run, read_history
-from server.strategy import QuorumError
 
 
 class FaultyGrid(InProcessGrid):

@@ -9,6 +9,7 @@ from server.aggregate import aggregate, balanced_weights, rebuild_teacher, weigh
 def update(value, num_examples, centroids=None):
     counts = {m: np.full(len(c), 12, np.float32) for m, c in (centroids or {}).items()}
     return SiteUpdate(
+        round_number=1,
         student={"w": np.full(3, value, np.float32)},
         teacher={"w": np.full(3, -value, np.float32)},
         prototypes=Prototypes(centroids or {}, counts),

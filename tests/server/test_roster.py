@@ -48,7 +48,7 @@ def test_a_restarted_site_takes_over_when_its_old_node_is_gone():
     nodes, roster = Nodes(["st-mary", "st-mary"]), Roster("study")
     roster.present(nodes)
     nodes.online = [B]
-    roster.begin_round()
+    roster.begin_round({})
     assert roster.present(nodes) == {"st-mary": B}
     assert roster.refused == {}
 
@@ -66,5 +66,5 @@ def test_silent_and_failing_nodes_are_asked_again_in_the_next_round():
     assert roster.refused == {A: "did not say who it is", B: "no site file"}
     nodes.names[A] = "st-mary"
     assert roster.present(nodes) == {"good": C}
-    roster.begin_round()
+    roster.begin_round({})
     assert roster.present(nodes) == {"good": C, "st-mary": A}

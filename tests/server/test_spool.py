@@ -18,6 +18,7 @@ def update(rng, images):
         "nothing": np.zeros((0, 7), np.float32),
     }
     return SiteUpdate(
+        round_number=1,
         student=student,
         teacher={name: -array for name, array in student.items()},
         prototypes=Prototypes({}, {}),

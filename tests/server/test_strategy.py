@@ -23,13 +23,15 @@ STATE_BYTES = 2 * TENSORS * 8 * 1024 * 4
 
 def site(message, context):
     """Answers with what it was sent, scaled by its own number."""
-    number = context.node_config["number"]
+    number = context.node_config["number"]  # from 1: who changes nothing has no length
     if message.metadata.message_type == "query":
         info = ConfigRecord({"site": f"site-{number:02d}"})
         return Message(RecordDict({"info": info}), reply_to=message)
     sent, scale = message.content["arrays"], np.float32(1 + number / 1000)
     arrays = {name: Array(array.numpy() * scale) for name, array in sent.items()}
-    metrics = MetricRecord({"num_examples/ct": 10 + number})
+    metrics = MetricRecord(
+        {"round": message.content["config"]["round"], "num_examples/ct": 10 + number}
+    )
     content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
     return Message(content, reply_to=message)
 
@@ -38,7 +40,7 @@ class Sites(InProcessGrid):
     """Looks, before each pull, at how many of the replies it handed over are still there."""
 
     def __init__(self, count):
-        super().__init__(site, [{"number": number} for number in range(count)])
+        super().__init__(site, [{"number": number} for number in range(1, count + 1)])
         self.handed_over = []
         self.most_alive = 0
 

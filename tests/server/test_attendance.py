@@ -7,20 +7,20 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from core.wire import GlobalState
+from server.attendance import QuorumError
 from server.grid import InProcessGrid
 from server.history import open_run, read_history
-from server.strategy import QuorumError
 from server.study import run_study
 
 
 def site(message, context):
-    """Answers with what it was sent."""
+    """Answers with what it was sent, scaled by its own number."""
     if message.metadata.message_type == "query":
         info = ConfigRecord({"site": context.node_config["site"]})
         return Message(RecordDict({"info": info}), reply_to=message)
-    sent = message.content["arrays"]
-    arrays = {name: Array(array.numpy() * np.float32(1.01)) for name, array in sent.items()}
-    metrics = MetricRecord({"num_examples/ct": 10})
+    sent, scale = message.content["arrays"], np.float32(message.metadata.dst_node_id / 900)
+    arrays = {name: Array(array.numpy() * scale) for name, array in sent.items()}
+    metrics = MetricRecord({"num_examples/ct": 10, "round": message.content["config"]["round"]})
     content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
     return Message(content, reply_to=message)
 
