@@ -6,6 +6,8 @@ RUN/round-0000.safetensors     the initial state; then one file a round, all kep
 RUN/history.jsonl              one line a round: sites, outcomes, figures, digest of the checkpoint
 RUN/failure.json               why the last run stopped, if it did
 RUN/quarantine.json            which sites are not asked, and why (server/quarantine.py)
+RUN/run.json                   which of Flower's runs works on it, if it was submitted to one
+RUN/lock                       held by the server that works on it
 and, while a round runs, a file without a name with the updates that were admitted (server/spool.py)
 A round is done when its line and its intact checkpoint are there; a line is written after its
 checkpoint. Checkpoints hold no time and no id: equal studies give equal files.
@@ -17,6 +19,7 @@ import json
 import os
 import platform
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +43,8 @@ from core.wire import GlobalState, Prototypes
 SITE_PROTOTYPES = "site_prototypes/"
 SITE_COUNTS = "site_prototype_counts/"
 PACKAGES = ("fedmermed", "flwr", "numpy", "safetensors", "torch", "timm")
+LOCK_SECONDS = 1.0
+"""Whoever only looks whether a run directory is held holds it for an instant."""
 
 Line = dict[str, Any]
 
@@ -100,18 +105,28 @@ class RunDirectory:
             UserError: another process holds it.
         """
         with open(self.path / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is working on run directory '{self.path}'; wait for it, stop "
-                    "it, or give another directory"
-                ) from None
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"another process is working on run directory '{self.path}'; wait for "
+                            "it, stop it, or give another directory"
+                        ) from None
+                    time.sleep(0.05)
             yield
 
-    def fail(self, reason: str) -> None:
-        """Leave word of why the run stopped, for whoever only sees this directory."""
-        write_json(self.path / "failure.json", {"reason": reason})
+    def fail(self, reason: str, *, final: bool = True) -> None:
+        """Leave word of why the run stopped, for whoever only sees this directory.
+
+        Args:
+            reason: In words.
+            final: Whether it needs a person; if not, the study may be submitted again.
+        """
+        write_json(self.path / "failure.json", {"reason": reason, "final": final})
 
     @property
     def _history(self) -> Path:

@@ -2,17 +2,16 @@
 
 DIR/ca.key ca.crt           the CA; its key is needed for server certificates alone: keep it offline
 DIR/server.key server.crt   what the SuperLink (and the gateway before it) shows
-DIR/sites/NAME.pub          a site's public key, registered by `flwr supernode register`
-DIR/registered/NAME-*.json  that command's answer: the node's id, needed to unregister it
-DIR/retired/NAME-*.pub      public keys that were rotated or revoked
+DIR/sites/NAME.pub          a site's public key, which `admit` registers with the SuperLink
+DIR/registered/NAME-*.json  the node's id, as `admit` learnt it
+DIR/retired/NAME-*.pub      public keys that were rotated or revoked; `admit` unregisters them
 DIR/kits/NAME/              what the hospital gets, its private key with it; hand over, then delete
-DIR/flower/config.toml      how Flower's own commands reach the SuperLink from this machine
+DIR/flower/config.toml      how Flower's own commands reach the SuperLink; written by `serve`
 
 A site is provisioned once its public key is there: that file is written last.
 """
 
 import datetime as dt
-import json
 import os
 import shlex
 import shutil
@@ -40,16 +39,6 @@ from server.certificates import (
 from server.kit import make_kit
 from server.roster import SITE_NAME
 
-CONNECTION = """\
-# From this machine; if the SuperLink listens elsewhere, correct the address.
-[superlink]
-default = "fedmermed"
-
-[superlink.fedmermed]
-address = "127.0.0.1:8000"
-root-certificates = {authority}
-"""
-
 
 @dataclass(frozen=True)
 class Provisioned:
@@ -67,19 +56,16 @@ class Provisioned:
         return f"{site}-{sha256_file(self.public_key(site))[:16]}"
 
     def node(self, site: str) -> Path:
-        """Where the answer of `flwr supernode register` goes."""
+        """Where the node's id is noted once its key is registered."""
         return self.directory / "registered" / f"{self.keyed(site)}.json"
-
-    def node_id(self, site: str) -> str | None:
-        """The id that the SuperLink gave to the site's key; None before it was registered."""
-        try:
-            return str(json.loads(self.node(site).read_bytes())["node-id"])
-        except (OSError, ValueError, KeyError):  # the shell makes the file before the command ends
-            return None
 
     def kit(self, site: str) -> Path:
         """The site's start-up kit."""
         return self.directory / "kits" / site
+
+    def admit(self) -> str:
+        """The command that has the SuperLink follow this directory, as a shell takes it."""
+        return f"fedmermed-server admit {shlex.quote(str(self.directory))}"
 
     def flower(self, *words: object) -> str:
         """A command of Flower's, as a shell takes it: to this SuperLink, and to nobody else."""
@@ -134,9 +120,6 @@ def provision(
         _make_private(place.directory / name)
     authority = _authority(place)
     yield from _server(place, authority, days, renew_server)
-    if not (connection := place.directory / "flower" / "config.toml").exists():
-        text = CONNECTION.format(authority=json.dumps(str(place.directory / "ca.crt")))
-        write_atomically(connection, text.encode())
     if revoke:
         yield from _retire(place, revoke)
         if place.kit(revoke).exists():
@@ -242,18 +225,11 @@ def _retire(place: Provisioned, site: str) -> Iterator[str]:
     """Keep the old public key aside, and say how to have it refused from now on."""
     aside = place.directory / "retired" / f"{place.keyed(site)}.pub"
     write_atomically(aside, place.public_key(site).read_bytes())
-    node = place.node_id(site)
-    yield f"site {site}: its old key is admitted until you run" + (
-        ":" if node else ", with the number that 'register' gave for NODE_ID:"
-    )
-    yield f"  {place.flower('unregister', node or 'NODE_ID')}"
+    yield f"site {site}: its old key is admitted until you run: {place.admit()}"
 
 
 def _to_register(place: Provisioned) -> Iterator[str]:
-    """The command for every site whose node id is not known."""
+    """The command for the sites whose keys the SuperLink does not know yet."""
     names = sorted(file.stem for file in (place.directory / "sites").glob("*.pub"))
-    if waiting := [name for name in names if place.node_id(name) is None]:
-        yield "once the SuperLink runs, admit these sites:"
-    for name in waiting:
-        words = ("register", place.public_key(name), "--name", name, "--format", "json")
-        yield f"  {place.flower(*words)} > {shlex.quote(str(place.node(name)))}"
+    if waiting := [name for name in names if not place.node(name).exists()]:
+        yield f"once the service runs, admit {', '.join(waiting)}: {place.admit()}"

@@ -38,7 +38,8 @@ def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 
                 timeout=recipe.federation.round_timeout_seconds,
             )
         except Exception as error:
-            run.fail(str(error) if isinstance(error, UserError) else repr(error))
+            ours = isinstance(error, UserError)
+            run.fail(str(error) if ours else repr(error), final=ours)
             raise
 
 
@@ -49,6 +50,7 @@ def initial_state(recipe: Recipe) -> GlobalState:
     except ModuleNotFoundError as error:
         raise UserError(
             f"the initial weights need torch and timm, but '{error.name}' is not installed; "
-            "install fedmermed[site], or put a round-0000.safetensors into the run directory"
+            "install fedmermed[site], or run 'fedmermed-server init RECIPE RUN' where they are and "
+            "bring RUN here"
         ) from None
     return make(recipe)

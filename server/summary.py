@@ -1,5 +1,6 @@
 """What a finished run comes to: a table, a picture, summary.json and the released model."""
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,8 @@ def summarise(
     Args:
         out: The run directory.
         recipe: Its recipe.
-        data: Site -> directory of its shards, to measure the final model.
+        data: Site -> directory of its shards, to measure the final model; without any it stays
+            unmeasured.
         engine: Name of the engine, for the record.
         console: Where the table goes.
     """
@@ -37,7 +39,8 @@ def summarise(
         raise UserError(f"'{out}' has {len(lines)} of {recipe.federation.rounds} rounds; run again")
     if not file.exists():
         model = out / "model.safetensors"
-        digest, _ = export_model(out, model)
+        # A coordinator's server has no torch, without which timm's names cannot be told.
+        digest = export_model(out, model)[0] if importlib.util.find_spec("torch") else None
         started = time.monotonic()
         final = _measure(recipe, model, data, _images(lines[-1]))
         evaluation_seconds = time.monotonic() - started
@@ -61,15 +64,20 @@ def summarise(
             "bytes_down": sum(line["bytes_down"] for line in lines),
             "alarms": [words for line in lines for words in line["alarms"]],
             "outliers": _outliers(lines),
-            "model": {"path": str(model), "sha256": digest},
+            "model": {"path": str(model), "sha256": digest} if digest else None,
         }
         write_json(file, summary)
     summary = read_json(file)
     console.print(_table(summary))
     for words in [*summary["alarms"], *summary.get("outliers", ())]:
         console.print(words, style="yellow", markup=False, soft_wrap=True)
+    model_line = (
+        str(out / "model.safetensors")
+        if summary["model"]
+        else f"where torch is installed: fedmermed-server export {out} MODEL.safetensors"
+    )
     for what, where in (
-        ("model", out / "model.safetensors"), ("picture", out / "summary.png"), ("figures", file),
+        ("model", model_line), ("picture", out / "summary.png"), ("figures", file),
     ):  # fmt: skip
         console.print(f"{what:8} {where}", markup=False, highlight=False, soft_wrap=True)
 
@@ -108,7 +116,7 @@ def _measure(
     recipe: Recipe, model: Path, data: Mapping[str, Path], images: dict[str, int]
 ) -> dict[str, float]:
     """Score the final model as the sites do: kNN AUROC, averaged over a modality's sites."""
-    if not recipe.evaluation.every_rounds:
+    if not data or not recipe.evaluation.every_rounds:
         return {}
     from core.export import load_model
     from core.site_round import knn_auroc, resolve_device

@@ -1,4 +1,3 @@
-import json
 import re
 import stat
 import subprocess
@@ -11,9 +10,10 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from client.site import load_site
+from core.checkpoint import write_json
 from core.errors import UserError
 from server.certificates import read_certificate, read_key
-from server.provision import provision
+from server.provision import Provisioned, provision
 
 ADDRESS = "fl.example.org:443"
 
@@ -164,8 +164,7 @@ def test_rotation_replaces_one_sites_key_and_says_how_to_refuse_the_old(place):
     assert read_key(place / "kits" / "a" / "site.key").public_key() == new
     assert [public(file) for file in (place / "retired").iterdir()] == [old]
     assert (place / "sites" / "b.pub").read_bytes() == other
-    assert any("supernode unregister NODE_ID" in line for line in lines)
-    assert any(f"register {place}/sites/a.pub" in line for line in lines)
+    assert f"site a: its old key is admitted until you run: fedmermed-server admit {place}" in lines
 
 
 def test_a_rotation_killed_anywhere_is_finished_by_the_same_command(place, kill_points):
@@ -175,27 +174,25 @@ def test_a_rotation_killed_anywhere_is_finished_by_the_same_command(place, kill_
         assert key.public_key() == public(place / "sites" / "a.pub")
 
 
-def test_revocation_names_the_registered_node_and_forgets_the_key(place):
-    command = next(line for line in run(place) if "register" in line and "a.pub" in line)
-    answer = command.rpartition(" > ")[2]
-    with open(answer, "w") as file:
-        json.dump({"success": True, "node-id": 4711}, file)
-    assert not any("a.pub" in line for line in run(place))  # it is registered: no need to say it
+def test_revocation_forgets_the_key_and_says_how_to_have_it_refused(place):
+    key = public(place / "sites" / "a.pub")
     lines = run(place, revoke="a")
-    assert any(line.endswith("flwr supernode unregister 4711") for line in lines)
+    assert f"site a: its old key is admitted until you run: fedmermed-server admit {place}" in lines
     assert not (place / "sites" / "a.pub").exists()
     assert not (place / "kits" / "a").exists()
-    assert len(list((place / "retired").iterdir())) == 1
-    lines = run(place, sites=["a"])  # comes back with another key, to be registered anew
-    assert any("a.pub" in line for line in lines)
+    assert [public(file) for file in (place / "retired").iterdir()] == [key]
+    run(place, sites=["a"])  # comes back with another key
+    assert public(place / "sites" / "a.pub") != key
 
 
-def test_a_failed_registration_is_asked_for_again(place):
-    command = next(line for line in run(place) if "register" in line and "a.pub" in line)
-    for answer in ("", "{}", '{"success": false, "error-message": "x"}'):
-        with open(command.rpartition(" > ")[2], "w") as file:
-            file.write(answer)
-        assert command in run(place)
+def test_sites_are_named_until_they_are_admitted(place):
+    [last] = [line for line in run(place) if "fedmermed-server admit" in line]
+    assert last == f"once the service runs, admit a, b: fedmermed-server admit {place}"
+    for name in ("a", "b"):
+        write_json(Provisioned(place, ADDRESS).node(name), {"node-id": 4711})
+    assert not [line for line in run(place) if "admit" in line]
+    lines = run(place, rotate="a")
+    assert any(line.startswith("once the service runs, admit a: ") for line in lines)
 
 
 @pytest.mark.parametrize(
