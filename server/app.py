@@ -24,4 +24,11 @@ def main(grid: Grid, context: Context) -> None:
     if not file.exists():  # the working directory is Flower's; configs/ travels in the bundle
         file = Path(__file__).resolve().parents[1] / file
     recipe = read_recipe(file)
-    run_study(grid, recipe, Path(str(config["run-dir"])), expect_sites=int(config.get("sites", 0)))
+    registered = str(config.get("registered", ""))
+    run_study(
+        grid,
+        recipe,
+        Path(str(config["run-dir"])),
+        expect_sites=int(config.get("sites", 0)),
+        registered=Path(registered) if registered else None,
+    )

@@ -58,6 +58,7 @@ clientapp = "client.app:app"
 recipe = ""
 run-dir = ""
 sites = 0
+registered = ""
 """
 """All of the app that a run submits: where the installed packages have the real ones."""
 FINISHED = "finished"
@@ -101,7 +102,8 @@ def read_connection(directory: Path) -> str:
 class Control:
     """Calls of the control service; each raises `UserError` when the SuperLink is away."""
 
-    def __init__(self, client: ControlHttpClient, address: str) -> None:
+    def __init__(self, client: ControlHttpClient, address: str, directory: Path) -> None:
+        self.directory = directory
         self._client = client
         self._address = address
 
@@ -190,7 +192,10 @@ def control(
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
     )
     try:
-        found, deadline = Control(client, address), time.monotonic() + patience_seconds
+        found, deadline = (
+            Control(client, address, directory.absolute()),
+            time.monotonic() + patience_seconds,
+        )
         while True:
             try:
                 found.nodes()

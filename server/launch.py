@@ -196,6 +196,7 @@ class _Watch:
                 "recipe": str(self.run_dir / "recipe.json"),
                 "run-dir": str(self.run_dir),
                 "sites": sites,
+                "registered": str(calls.directory / "registered"),
             }
             self.run_id = calls.start_run(settings)
         except UserError as error:  # the SuperLink will be back

@@ -1,9 +1,16 @@
-"""The roster: which connected node is which site, learnt by asking each node once."""
+"""The roster: which connected node is which site.
 
+On the coordinator's service that is told by the key with which a node signed in, as DIR/registered
+has it: no site can answer in another's name. Elsewhere each node is asked once.
+"""
+
+import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -21,6 +28,8 @@ class Roster:
     """Names of nodes, in the order in which they were learnt."""
 
     study: str
+    registered: Path | None = None
+    """A directory with a file for each key: SITE-DIGEST.json, which holds the key's node-id."""
     names: dict[int, str] = field(default_factory=dict)
     """node -> site, also of nodes that are gone"""
     refused: dict[int, str] = field(default_factory=dict)
@@ -34,13 +43,15 @@ class Roster:
         self.quarantined = dict(quarantined)
 
     def present(self, grid: Grid) -> dict[str, int]:
-        """Ask new nodes who they are; returns site -> node of those who are connected.
+        """Learn who new nodes are; returns site -> node of those who are connected.
 
         Of two connected nodes with one name, the one that is known longer keeps it.
         """
         online = sorted(grid.get_node_ids())
         unknown = [node for node in online if node not in self.names and node not in self.refused]
-        if unknown:
+        if unknown and self.registered is not None:
+            self._look_up(self.registered, unknown)
+        elif unknown:
             self._ask(grid, unknown)
         sites: dict[str, int] = {}
         for node, name in self.names.items():
@@ -51,6 +62,20 @@ class Roster:
             else:
                 sites[name] = node
         return sites
+
+    def _look_up(self, registered: Path, nodes: list[int]) -> None:
+        sites = {}
+        for file in registered.glob("*-*.json"):
+            # Where Flower's own command was used, a file may be empty until that has ended.
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                sites[int(json.loads(file.read_bytes())["node-id"])] = file.stem.rpartition("-")[0]
+        for node in nodes:
+            if node in sites:
+                self.names[node] = sites[node]
+            else:
+                self._refuse(
+                    node, f"'{registered}' names no site for its key; run: fedmermed-server admit"
+                )
 
     def _ask(self, grid: Grid, nodes: list[int]) -> None:
         messages = [

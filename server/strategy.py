@@ -42,17 +42,23 @@ class FederatedMemory(Strategy):
         recipe: The study.
         run: Where checkpoints and history go.
         checkpoint: Where the study stands.
+        roster: Knows which node is which site.
         expect_sites: A study's first round waits for so many, as long as for the quorum.
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunDirectory, checkpoint: Checkpoint, expect_sites: int = 0
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        checkpoint: Checkpoint,
+        roster: Roster,
+        expect_sites: int = 0,
     ) -> None:
         self.recipe = recipe
         self.run = run
         self.checkpoint = checkpoint
         self.expect_sites = expect_sites
-        self.roster = Roster(run.study)
+        self.roster = roster
         self._exchange: Exchange | None = None
         self._bytes_down = 0
         self._began = time.monotonic()

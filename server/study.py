@@ -9,10 +9,18 @@ from core.config import Recipe
 from core.errors import UserError
 from core.wire import GlobalState
 from server.history import open_run
+from server.roster import Roster
 from server.strategy import FederatedMemory
 
 
-def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 0) -> None:
+def run_study(
+    grid: Grid,
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    expect_sites: int = 0,
+    registered: Path | None = None,
+) -> None:
     """Run a study to its end; called again on the same directory, it resumes.
 
     Args:
@@ -21,6 +29,8 @@ def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 
         run_dir: Its run directory.
         expect_sites: The first round waits for so many, if they come in the recipe's time; the
             quorum is the recipe's all the same.
+        registered: Where the coordinator's service notes which key is which site's; without it
+            each node is asked.
 
     Raises:
         UserError: the directory holds another recipe or is in use, or a round missed its quorum.
@@ -30,7 +40,11 @@ def run_study(grid: Grid, recipe: Recipe, run_dir: Path, *, expect_sites: int = 
         try:
             # No name here for the checkpoint: the strategy lets go of it after a round.
             FederatedMemory(
-                recipe, run, run.load(lambda: initial_state(recipe)), expect_sites
+                recipe,
+                run,
+                run.load(lambda: initial_state(recipe)),
+                Roster(run.study, registered),
+                expect_sites,
             ).start(
                 grid,
                 ArrayRecord(),  # the strategy has the checkpoint

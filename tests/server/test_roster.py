@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
@@ -68,3 +70,35 @@ def test_silent_and_failing_nodes_are_asked_again_in_the_next_round():
     assert roster.present(nodes) == {"good": C}
     roster.begin_round({})
     assert roster.present(nodes) == {"good": C, "st-mary": A}
+
+
+def register(directory, site, node, digest="0" * 16):
+    (directory / f"{site}-{digest}.json").write_text(json.dumps({"node-id": str(node)}))
+
+
+def test_a_registered_key_tells_the_name_and_nobody_is_asked(tmp_path):
+    nodes = Nodes(["st-mary", "charite"])
+    register(tmp_path, "st-mary", A)
+    register(tmp_path, "north-west.2", B)
+    roster = Roster("study", tmp_path)
+    assert roster.present(nodes) == {"st-mary": A, "north-west.2": B}  # whatever B calls itself
+    assert nodes.asked == []
+
+
+def test_a_node_without_a_registered_key_takes_no_part_until_it_has_one(tmp_path):
+    nodes, roster = Nodes(["st-mary", "charite"]), Roster("study", tmp_path)
+    register(tmp_path, "st-mary", A)
+    (tmp_path / "charite-00.json").write_text("")  # as the shell makes it before a command ends
+    assert roster.present(nodes) == {"st-mary": A}
+    assert "names no site for its key" in roster.refused[B]
+    register(tmp_path, "charite", B)
+    roster.begin_round({})
+    assert roster.present(nodes) == {"st-mary": A, "charite": B}
+
+
+def test_a_site_with_a_new_key_keeps_its_name(tmp_path):
+    nodes, roster = Nodes(["st-mary", "st-mary"]), Roster("study", tmp_path)
+    register(tmp_path, "st-mary", A)
+    register(tmp_path, "st-mary", B, digest="1" * 16)
+    nodes.online = [B]
+    assert roster.present(nodes) == {"st-mary": B}
