@@ -168,6 +168,9 @@ class FederationConfig(Strict):
     """A prototype made of fewer patients never leaves a site."""
     prototype_decay: Share = 0.9
     """Factor a round on the counts of a site that is absent."""
+    keep_every: Count = 1
+    """The coordinator keeps the checkpoints of rounds that this divides, the first and the last
+    three."""
     max_update_norm: Positive = 10.0
     """Largest admitted |update| in units of |global student|."""
     max_examples: Count = 100_000_000

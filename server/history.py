@@ -2,7 +2,8 @@
 
 RUN/recipe.json                the recipe, complete
 RUN/study.json                 the study's random id, when it began, versions
-RUN/round-0000.safetensors     the initial state; then one file a round, all kept
+RUN/round-0000.safetensors     the initial state; then one file a round; which of them are kept is
+                               the recipe's federation.keep_every
 RUN/history.jsonl              one line a round: sites, outcomes, figures, digest of the checkpoint
 RUN/failure.json               why the last run stopped, if it did
 RUN/quarantine.json            which sites are not asked, and why (server/quarantine.py)
@@ -42,6 +43,8 @@ from core.wire import GlobalState, Prototypes
 
 SITE_PROTOTYPES = "site_prototypes/"
 SITE_COUNTS = "site_prototype_counts/"
+NEWEST_KEPT = 3
+"""Checkpoints that are kept in any case: a damaged one costs a round and not the study."""
 PACKAGES = ("fedmermed", "flwr", "numpy", "safetensors", "torch", "timm")
 LOCK_SECONDS = 1.0
 """Whoever only looks whether a run directory is held holds it for an instant."""
@@ -65,6 +68,7 @@ class RunDirectory:
 
     path: Path
     study: str
+    keep_every: int = 1
 
     def load(self, initial: Callable[[], GlobalState]) -> Checkpoint:
         """The last round that is done; lines and files after it are dropped.
@@ -91,6 +95,7 @@ class RunDirectory:
             file.write(json.dumps(line, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._prune(checkpoint.round_number)
         return line
 
     def checkpoint_path(self, round_number: int) -> Path:
@@ -136,6 +141,11 @@ class RunDirectory:
         path = self.checkpoint_path(line["round"])
         return path.exists() and sha256_file(path) == line["sha256"]
 
+    def _prune(self, last: int) -> None:
+        for number in range(1, last - NEWEST_KEPT + 1):
+            if number % self.keep_every:
+                self.checkpoint_path(number).unlink(missing_ok=True)
+
     def _save(self, checkpoint: Checkpoint) -> str:
         arrays = checkpoint.state.to_arrays()
         for site, prototypes in checkpoint.contributions.items():
@@ -172,7 +182,7 @@ def open_run(path: Path, recipe: Recipe) -> RunDirectory:
         }
         write_json(study_file, study)
     (path / "failure.json").unlink(missing_ok=True)
-    return RunDirectory(path, read_json(study_file)["study"])
+    return RunDirectory(path, read_json(study_file)["study"], recipe.federation.keep_every)
 
 
 def read_recipe(path: Path) -> Recipe:

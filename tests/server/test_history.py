@@ -104,3 +104,17 @@ def test_a_checkpoint_survives_the_death_of_its_writer(run):
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert run.load(never).round_number == 3
+
+
+def test_checkpoints_between_those_that_the_recipe_keeps_go_but_for_the_last_three(
+    tmp_path, make_recipe
+):
+    recipe = make_recipe(keep_every=4, rounds=20)
+    run = open_run(tmp_path / "run", recipe)
+    run.load(lambda: state(0))
+    for number in range(1, 11):
+        run.commit(Checkpoint(number, state(number), {}), {"round": number})
+    kept = sorted(int(f.stem[-4:]) for f in run.path.glob("round-*.safetensors"))
+    assert kept == [0, 4, 8, 9, 10]
+    run.checkpoint_path(10).write_bytes(b"")
+    assert open_run(run.path, recipe).load(never).round_number == 9
