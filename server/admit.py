@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -79,7 +80,7 @@ def _key(file: Path) -> bytes:
     """A public key as Flower stores it."""
     try:
         key = load_ssh_public_key(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise UserError(
             f"public key '{file}' cannot be read: {error}; put it back from your backup"
         ) from None

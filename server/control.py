@@ -188,7 +188,7 @@ def control(
     client = ControlHttpClient.from_server_address(
         address,
         insecure=False,
-        root_certificates=str(directory / "ca.crt"),
+        root_certificates=_authority(directory),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
     )
     try:
@@ -208,6 +208,13 @@ def control(
         yield found
     finally:
         client.close()
+
+
+def _authority(directory: Path) -> bytes:
+    try:
+        return (directory / "ca.crt").read_bytes()
+    except OSError as error:
+        raise UserError(f"'{directory / 'ca.crt'}' cannot be read: {error.strerror}") from None
 
 
 @cache

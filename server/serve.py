@@ -156,7 +156,7 @@ def serve(service: Service) -> None:
         service.start(supervisor)
         logs = service.directory / "logs"
         LOG.info("sites are served at %s; logs are in '%s'", service.listen, logs)
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt, SystemExit):  # asked to: no failure
             while True:
                 supervisor.check()
                 time.sleep(0.5)

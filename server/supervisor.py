@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,20 +104,6 @@ class Supervisor:
             if child.again_at is not None and time.monotonic() >= child.again_at:
                 child.process = _spawn(child.part)
                 child.began, child.again_at = time.monotonic(), None
-
-    def wait_until(self, ready: Callable[[], bool], what: str, seconds: float) -> None:
-        """Keep parts running until a condition holds.
-
-        Raises:
-            UserError: it does not come to hold in time.
-        """
-        deadline = time.monotonic() + seconds
-        while not ready():
-            self.check()
-            if time.monotonic() > deadline:
-                logs = ", ".join(f"'{child.part.log}'" for child in self._children.values())
-                raise UserError(f"waited {seconds:g} s for {what} in vain; see {logs}")
-            time.sleep(0.2)
 
     def stop(self) -> None:
         """SIGTERM to each, SIGKILL to what is left after a while; those that serve go last."""

@@ -103,14 +103,19 @@ def test_without_ray_its_engine_says_what_to_install(tmp_path, two_sites, monkey
         ENGINES[EngineName.RAY](tmp_path, two_sites)
 
 
-def test_a_failing_study_fails_in_real_processes_too(tmp_path, make_recipe, two_sites):
-    recipe = make_recipe(wait_for_sites_seconds=1.0, min_sites=2)
+def test_a_site_that_cannot_join_ends_real_processes_with_its_reason(tmp_path, recipe, two_sites):
     two_sites[0].write_text("not a site file")
     open_run(tmp_path / "run", recipe)
-    with pytest.raises(
-        UserError, match=r"round 1: 1 site\(s\) connected after .* s, 2 needed; .*UserError"
-    ):
+    with pytest.raises(UserError, match=r"^'site a': error: site file '.*site.toml'.* is not"):
         ENGINES[EngineName.PROCESSES](tmp_path / "run", two_sites)
+    assert not [line for line in _processes() if str(tmp_path) in line]
+
+
+def test_a_failing_study_fails_in_real_processes_too(tmp_path, make_recipe, make_sites):
+    (site,) = make_sites({"a": ["ct"]})
+    open_run(tmp_path / "run", make_recipe(wait_for_sites_seconds=1.0, min_sites=2))
+    with pytest.raises(UserError, match=r"round 1: [01] site\(s\) connected after .* s, 2 needed;"):
+        ENGINES[EngineName.PROCESSES](tmp_path / "run", [site])
     assert not [line for line in _processes() if str(tmp_path) in line]
 
 

@@ -1,10 +1,11 @@
-"""Real SuperLinks and SuperNodes, started from what `provision` made."""
+"""A real service and SuperNodes, started from what `provision` made."""
 
 import datetime as dt
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,18 +53,19 @@ def running(log, words, *, home):
 
 
 @contextmanager
-def superlink(study, port):
-    """A SuperLink with node authentication, from the coordinator's directory alone."""
-    words = [
-        BIN / "flower-superlink", "--host", "127.0.0.1", "--port", port, "--isolation", "process",
-        "--ssl-ca-certfile", study / "ca.crt", "--ssl-certfile", study / "server.crt",
-        "--ssl-keyfile", study / "server.key", "--enable-supernode-auth",
-        "--disable-runtime-dependency-installation", "--database", study / "superlink.db",
-    ]  # fmt: skip
-    log = study / "superlink.log"
-    with running(log, words, home=study / "flower") as process:
-        wait_for(lambda: "Uvicorn running" in log.read_text(), process, log)
+def service(study, port):
+    """The coordinator's service, from the coordinator's directory alone."""
+    words = [sys.executable, "-m", "server", "serve", study, "--listen", f"127.0.0.1:{port}"]
+    log = study / "serve.log"
+    with running(log, [*words, "--port", free_port()], home=study / "flower") as process:
+        wait_for(lambda: listens(port), process, log)
         yield
+
+
+def listens(port):
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 def wait_for(ready, process, log):
@@ -78,13 +80,13 @@ def ends(process):
     return process.wait(SECONDS)
 
 
-def shell(lines, word, study):
-    """Run the one command among printed lines that holds this word."""
-    [line] = [line for line in lines if f" {word} " in line and "FLWR_HOME=" in line]
+def admit(study):
+    words = [sys.executable, "-m", "server", "admit", study]
     done = subprocess.run(
-        ["sh", "-c", line], env=environment(study / "flower"), capture_output=True, text=True
+        words, env=environment(study / "flower"), capture_output=True, text=True, timeout=SECONDS
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
 
 
 def nodes(study):
@@ -109,11 +111,9 @@ def join(site, log):
 
 @pytest.fixture
 def study(tmp_path):
-    """A provisioned directory of one site, whose SuperLink will listen on a free port."""
+    """A provisioned directory of one site, whose gateway will listen on a free port."""
     directory, port = tmp_path / "study", free_port()
     list(provision(directory, address=f"localhost:{port}", sites=["st-mary"]))
-    config = directory / "flower" / "config.toml"
-    config.write_text(config.read_text().replace("8000", str(port)))
     return directory, port
 
 
@@ -121,23 +121,26 @@ def test_a_registered_site_joins_and_strangers_and_retired_keys_do_not(study, tm
     directory, port = study
     site = tmp_path / "st-mary"
     shutil.move(directory / "kits" / "st-mary", site)  # handed over
-    with superlink(directory, port):
+    with service(directory, port):
         with join(site, log := tmp_path / "site.log") as node:
             wait_for(lambda: REFUSED in log.read_text(), node, log)  # provisioned, not admitted yet
-            shell(provision(directory), "register", directory)
+            assert admit(directory) == ["site st-mary: admitted"]
             [first] = registered(directory)
             wait_for(lambda: nodes(directory)[first] == "online", node, log)  # without a new start
             assert log.read_text().count(REFUSED) == 1
 
-            lines = list(provision(directory, rotate="st-mary"))
-            shell(lines, "unregister", directory)
-            shell(lines, "register", directory)
+            list(provision(directory, rotate="st-mary"))
+            assert [line.partition(": ")[2] for line in admit(directory)] == [
+                "retired key refused from now on", "admitted",
+            ]  # fmt: skip
+            assert admit(directory) == ["site st-mary: admitted already"]
             wait_for(lambda: log.read_text().count(REFUSED) == 2, node, log)  # sent away
             [second] = registered(directory) - {first}
             assert nodes(directory)[second] == "registered"
             shutil.copy(directory / "kits" / "st-mary" / "site.key", site / "site.key")
             wait_for(lambda: nodes(directory)[second] == "online", node, log)
-        shell(provision(directory, revoke="st-mary"), "unregister", directory)
+        list(provision(directory, revoke="st-mary"))
+        admit(directory)
         assert set(nodes(directory).values()) == {"unregistered"}
 
 
@@ -150,7 +153,7 @@ def test_an_expired_certificate_is_refused_by_join_and_by_flower(study, tmp_path
     )  # fmt: skip
     (directory / "server.crt").write_bytes(expired.public_bytes(Encoding.PEM))
     kit = directory / "kits" / "st-mary"
-    with superlink(directory, port):
+    with service(directory, port):
         with join(kit, tmp_path / "join.log") as process:
             assert ends(process) == 2
         said = (tmp_path / "join.log").read_text()
