@@ -29,12 +29,14 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from client.audit import Audit
+from client.egress import hold_evaluation, hold_query, hold_training
+from client.policy import NotNow, Refusal, check_bundle, check_hours
 from client.rounds import Request, answer
-from client.site import Refusal, SiteConfig, load_site
+from client.site import SiteConfig, load_site
 from core.checkpoint import Arrays
 from core.config import recipe_from_json
 from core.errors import UserError
-from core.wire import EvaluationRequest
+from core.wire import NOT_NOW, EvaluationRequest
 
 LOG = logging.getLogger("fedmermed.site")
 CLIENT_APP_ERROR = 2
@@ -75,17 +77,18 @@ def respond(message: Message, context: Context, bundle: str = "") -> Message:
     kind = message.metadata.message_type
     try:
         site = load_site(_site_file(context))
-        audit = Audit(site.state_path)
+        audit = Audit(site.state_path, bundle=bundle)
         act = {"query": _query, "train": _train, "evaluate": _evaluate}.get(kind, _unknown)
         return Message(act(message, site, audit), reply_to=message)
     except Refusal as refusal:
         LOG.warning("%s refused: %s", kind, refusal)
-        reason = str(refusal)
+        code = NOT_NOW if isinstance(refusal, NotNow) else CLIENT_APP_ERROR
+        return Message(Error(code, str(refusal)), reply_to=message)
     except Exception as error:
         LOG.exception("%s failed", kind)
         # The text may name paths or values of this site: only its kind leaves.
         reason = f"the site could not do this ({type(error).__name__}); its log says why"
-    return Message(Error(CLIENT_APP_ERROR, reason), reply_to=message)
+        return Message(Error(CLIENT_APP_ERROR, reason), reply_to=message)
 
 
 def _unknown(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
@@ -98,13 +101,17 @@ def _query(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
     with _failure_audited(audit, "query", understood=False):
         study = str(message.content.config_records["config"]["study"])[:64]
     audit = replace(audit, study=study)
-    audit.write("in", "query", "accepted")
+    audit.write("in", "query", "accepted for checking")
     try:
         version = importlib.metadata.version("fedmermed")
     except importlib.metadata.PackageNotFoundError:
         version = "checkout"
+    with _failure_audited(audit, "query"):
+        check_bundle(site.policy, audit.bundle)
+        info = ConfigRecord({"site": site.name, "version": version})
+        content = hold_query(site.name, RecordDict({"info": info}))
     audit.write("out", "query", f"sent site '{site.name}' and version {version}")
-    return RecordDict({"info": ConfigRecord({"site": site.name, "version": version})})
+    return content
 
 
 def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
@@ -114,13 +121,17 @@ def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
     audit = replace(audit, study=request.study, round_number=request.round_number)
     audit.write("in", "train", "accepted for checking", arrays=request.arrays)
     with _failure_audited(audit, "train"):
+        check_bundle(site.policy, audit.bundle)
+        check_hours(site.policy)
         update, trained = answer(site, request)
-    arrays, metrics = update.to_arrays(), update.to_metrics()
+        arrays, metrics = update.to_arrays(), update.to_metrics()
+        content = RecordDict({"arrays": _record(arrays), "metrics": MetricRecord(dict(metrics))})
+        hold_training(site.policy, request.recipe, request.arrays, content)
     audit.write(
         "out", "train", "trained and sent" if trained else "stored reply sent again",
         arrays=arrays, scalars=dict(metrics), seconds=time.monotonic() - started,
     )  # fmt: skip
-    return RecordDict({"arrays": _record(arrays), "metrics": MetricRecord(dict(metrics))})
+    return content
 
 
 def _evaluate(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
@@ -130,20 +141,24 @@ def _evaluate(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
     audit = replace(audit, study=request.study)
     audit.write("in", "evaluate", "accepted for checking", arrays=arrays)
     with _failure_audited(audit, "evaluate"):
+        check_bundle(site.policy, audit.bundle)
+        check_hours(site.policy)
         from client.evaluation import measure  # imports torch
 
         reply = measure(site, request, arrays)
+        content = RecordDict(
+            {
+                "metrics": MetricRecord(dict(reply.metrics)),
+                "histograms": _record(reply.histograms),
+                "notes": ConfigRecord(dict(reply.notes)),
+            }
+        )
+        hold_evaluation(site.policy, content)
     audit.write(
         "out", "evaluate", "measured and sent", arrays=reply.histograms,
         scalars={**reply.metrics, **reply.notes}, seconds=time.monotonic() - started,
     )  # fmt: skip
-    return RecordDict(
-        {
-            "metrics": MetricRecord(dict(reply.metrics)),
-            "histograms": _record(reply.histograms),
-            "notes": ConfigRecord(dict(reply.notes)),
-        }
-    )
+    return content
 
 
 @contextmanager

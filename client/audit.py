@@ -39,6 +39,8 @@ class Audit:
     directory: Path
     study: str = ""
     round_number: int = 0
+    bundle: str = ""
+    """sha256 of the app bundle that the run was submitted with; empty where it is not known."""
 
     def write(
         self,
@@ -59,6 +61,8 @@ class Audit:
             arrays: What the message carries, under wire names.
             scalars: Numbers and notes the message carries, under wire names.
             seconds: How long the site worked on it.
+
+        A line's `epsilon` is what the message spends of a privacy budget; null: there is none.
         """
         arrays = arrays or {}
         line = {
@@ -67,11 +71,13 @@ class Audit:
             "message": message,
             "study": self.study,
             "round": self.round_number,
+            "bundle": self.bundle,
             "decision": decision,
             "arrays": {name: list(arrays[name].shape) for name in sorted(arrays)},
             "bytes": sum(array.nbytes for array in arrays.values()),
             "sha256": sha256_arrays(arrays) if arrays else "",
             "scalars": scalars or {},
+            "epsilon": None,
             "seconds": round(seconds, 3),
         }
         append(self.directory, line)

@@ -18,7 +18,8 @@ import logging
 import numpy as np
 import torch
 
-from client.site import PolicyRefusal, Refusal, SiteConfig
+from client.policy import PolicyRefusal, Refusal
+from client.site import SiteConfig
 from core.backbone import create_backbone, use_plain_attention
 from core.checkpoint import Arrays
 from core.errors import UserError
@@ -60,7 +61,7 @@ def measure(site: SiteConfig, request: EvaluationRequest, arrays: Arrays) -> Eva
     **Guarantees**, for every request:
         - Nothing leaves if the policy sends no metrics.
         - Figures of a modality leave only if the policy allows the modality, and with no fewer
-          training and test images than it asks for.
+          training images, training patients and test images than it asks for.
         - Histograms leave only if the policy sends them, only of the evaluator's probe, and of a
           modality only if each class that the site's test images hold, and all that are not of it,
           are of enough patients: a class left out could be counted from the others.
@@ -113,6 +114,8 @@ def _not_allowed(site: SiteConfig, task: SiteTask) -> str | None:
         return "this site's policy does not allow it"
     if len(task.labels("train")) < policy.min_images:
         return f"fewer than the {policy.min_images} training images that the policy asks for"
+    if len(set(task.patients("train").tolist())) < policy.min_patients:
+        return f"fewer than the {policy.min_patients} training patients that the policy asks for"
     if len(task.labels("test")) < policy.min_test_images:
         return f"fewer than the {policy.min_test_images} test images that the policy asks for"
     return None

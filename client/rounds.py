@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from client.site import Refusal, SiteConfig, approve
-from client.state import open_state
+from client.egress import cut
+from client.holdings import training_images, training_patients
+from client.policy import Refusal, approve
+from client.site import SiteConfig
+from client.state import StoredReply, open_state
 from core.checkpoint import Arrays, sha256_arrays
 from core.config import Recipe
 from core.sites import open_site
@@ -15,9 +18,7 @@ from core.wire import (
     STUDENT,
     TEACHER,
     GlobalState,
-    Prototypes,
     SiteUpdate,
-    metric_is_declared,
 )
 
 LOG = logging.getLogger("fedmermed.site")
@@ -54,18 +55,21 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
     received = sha256_arrays(request.arrays)
     state = open_state(site.state_path, request.study)
     with state.locked():
-        if (stored := state.stored_reply(request.round_number, received)) is not None:
-            return stored, False
-        # torch takes seconds to import: a query or a stored reply needs none of it.
+        policy, number = site.policy, request.round_number
+        if (stored := state.stored_reply(number, received)) is not None:
+            images = stored.update.num_examples
+            recipe = approve(policy, request.recipe, number, images, stored.patients)
+            return cut(policy, recipe, stored.update), False
+        shards = [shard for path in site.shard_paths for shard in open_site(path)]
+        images, patients = training_images(shards), training_patients(shards)
+        recipe = approve(policy, request.recipe, number, images, patients)
+        # torch takes seconds to import: a query, a refusal or a stored reply needs none of it.
         import torch
 
-        from core.site_round import num_examples, resolve_device, site_round
+        from core.site_round import resolve_device, site_round
 
         if site.threads:
             torch.set_num_threads(site.threads)
-        shards = [shard for path in site.shard_paths for shard in open_site(path)]
-        counts = num_examples(shards)
-        recipe = approve(site, request.recipe, request.round_number, counts)
         update, private = site_round(
             recipe,
             GlobalState.from_arrays(request.arrays),
@@ -74,29 +78,11 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
             site=site.name,
             first_step=request.step,
             device=resolve_device(site.device),
-            on_step=_progress(site.name, request.round_number),
+            on_step=_progress(site.name, number),
         )
-        update = outgoing(site, recipe, update)
-        state.commit(request.round_number, received, update, private)
+        update = cut(policy, recipe, update)
+        state.commit(number, received, StoredReply(update, patients), private)
     return update, True
-
-
-def outgoing(site: SiteConfig, recipe: Recipe, update: SiteUpdate) -> SiteUpdate:
-    """What of an update may leave the site.
-
-    **Guarantees**, for every update:
-        - Metrics leave only if the policy sends metrics, and then only names on the closed list.
-        - Prototypes leave only if the policy sends prototypes.
-        - The teacher leaves only if the recipe averages teachers.
-    """
-    metrics = {n: v for n, v in update.metrics.items() if metric_is_declared(n)}
-    averages = recipe.federation.teacher == "average"
-    return replace(
-        update,
-        teacher=update.teacher if averages else {},
-        prototypes=update.prototypes if site.policy.send_prototypes else Prototypes({}, {}),
-        metrics=metrics if site.policy.send_metrics else {},
-    )
 
 
 def _check(request: Request) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.site import Refusal
+from client.policy import Refusal
 from core.checkpoint import (
     Arrays,
     commit_directory,
@@ -26,6 +26,15 @@ from core.checkpoint import (
 from core.wire import GlobalState, SiteUpdate
 
 STUDY_ID = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class StoredReply:
+    """A trained round's reply, and what the policy is held against when it is sent again."""
+
+    update: SiteUpdate
+    patients: dict[str, int]
+    """modality -> patients it was trained on"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class SiteState:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def stored_reply(self, round_number: int, received: str) -> SiteUpdate | None:
+    def stored_reply(self, round_number: int, received: str) -> StoredReply | None:
         """The reply to a round that was already trained, or None when it is new.
 
         Args:
@@ -69,7 +78,7 @@ class SiteState:
             )
         arrays, _ = load_arrays(path / "reply.safetensors")
         carrier = GlobalState.from_arrays(arrays)
-        return SiteUpdate(
+        update = SiteUpdate(
             round_number=round_number,
             student=carrier.student,
             teacher=carrier.teacher,
@@ -77,14 +86,17 @@ class SiteState:
             num_examples=facts["num_examples"],
             metrics=facts["metrics"],
         )
+        # A round from before patients were noted had one of each modality at the least.
+        return StoredReply(update, facts.get("patients", dict.fromkeys(update.num_examples, 1)))
 
     def private(self) -> Arrays:
         """Private arrays of the last round trained; none before the first."""
         last = self.last_round()
         return load_arrays(self._round(last) / "private.safetensors")[0] if last else {}
 
-    def commit(self, round_number: int, received: str, update: SiteUpdate, private: Arrays) -> None:
+    def commit(self, round_number: int, received: str, reply: StoredReply, private: Arrays) -> None:
         """Store a trained round in one step, then drop older ones."""
+        update = reply.update
         aside = self.directory / f".round-{round_number:04d}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -94,6 +106,7 @@ class SiteState:
             "received": received,
             "num_examples": update.num_examples,
             "metrics": update.metrics,
+            "patients": reply.patients,
         }
         write_json(aside / "reply.json", facts)
         commit_directory(aside, self._round(round_number))

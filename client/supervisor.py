@@ -98,7 +98,8 @@ class _Child:
     def _read(self, output: IO[bytes]) -> None:
         """Pass on what the program prints, and say in plain words what matters of it."""
         for coloured in output:
-            if not (line := COLOUR.sub(b"", coloured)).split(b":")[-1].strip():
+            line = COLOUR.sub(b"", coloured)
+            if line.strip() in (b"", b"INFO :"):  # Flower's way to leave a line free
                 continue
             with suppress(OSError, ValueError):  # nobody reads us any more; the program goes on
                 sys.stdout.buffer.write(f"{self._program.name}: ".encode() + line)

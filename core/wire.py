@@ -70,6 +70,10 @@ METHODS: Final = ("probe", "knn", "shared_probe")
 MEASURES: Final = ("auroc", "accuracy", "balanced_accuracy")
 NOTES: Final = ("skipped", "pooling")
 
+NOT_NOW: Final = 102
+"""Code of an error reply to what the site's policy will allow later, by itself; the reason says
+when. Flower's own codes are below 100."""
+
 
 @dataclass(frozen=True)
 class Prototypes:

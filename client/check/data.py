@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from client.check.findings import Finding, gigabytes, green, red, yellow
-from client.site import PolicyRefusal, SiteConfig, approve
+from client.holdings import training_images, training_patients
+from client.policy import PolicyRefusal, approve
+from client.site import SiteConfig
 from client.state import STUDY_ID, open_state
 from core.checkpoint import read_json
 from core.config import Recipe
@@ -89,14 +91,6 @@ def read_shard(directory: Path, opened: list[Shard]) -> Finding:
     )  # fmt: skip
 
 
-def training_images(shards: Sequence[Shard]) -> dict[str, int]:
-    """Modality -> images to train on, as core.site_round counts them."""
-    counts: Counter[int] = Counter()
-    for shard in shards:
-        counts.update(shard.modality[shard.split == "train"].tolist())
-    return {MODALITIES[modality]: counts[modality] for modality in sorted(counts)}
-
-
 def policy(site: SiteConfig, recipe: Recipe, shards: Sequence[Shard]) -> Finding:
     """Would the site's policy let round 1 pass?"""
     counts = training_images(shards)
@@ -106,7 +100,7 @@ def policy(site: SiteConfig, recipe: Recipe, shards: Sequence[Shard]) -> Finding
             "Prepare the shard again without a split column, or with images marked 'train'.",
         )
     try:
-        approve(site, recipe, 1, counts)
+        approve(site.policy, recipe, 1, counts, training_patients(shards))
     except PolicyRefusal as refusal:
         return red(
             str(refusal),

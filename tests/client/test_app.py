@@ -2,14 +2,15 @@
 
 import json
 import re
+from datetime import datetime
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from client.app import app
+from client.app import CLIENT_APP_ERROR, app, respond
 from client.chain import append, read
-from core.wire import metric_is_declared
+from core.wire import NOT_NOW, metric_is_declared
 from server.grid import FIRST_NODE_ID, InProcessGrid
 from server.study import initial_state
 
@@ -86,6 +87,88 @@ def test_the_same_round_asked_twice_is_trained_once(make_sites, recipe):
     assert dict(first.content["metrics"]) == dict(again.content["metrics"])
     decisions = [line["decision"] for line in audit(file) if line["direction"] == "out"]
     assert decisions == ["trained and sent", "stored reply sent again"]
+
+
+def set_policy(file, text):
+    file.write_text(file.read_text().partition("[policy]")[0] + f"[policy]\n{text}\n")
+
+
+def test_a_stored_reply_is_cut_to_the_policy_of_now(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct", "us"]})
+    first = ask(file, lambda: train_message(recipe))
+    counts = {m: first.content["arrays"][f"prototype_counts/{m}"].numpy() for m in ("ct", "us")}
+    least = int(min(rows.max() for rows in counts.values()))
+    set_policy(file, f"send_metrics = false\nmin_patients_per_prototype = {least + 1}")
+    again = ask(file, lambda: train_message(recipe))
+    assert set(again.content["metrics"]) == {"num_examples/ct", "num_examples/us"}
+    for modality, rows in counts.items():
+        kept = rows[rows > least].tolist()
+        name = f"prototype_counts/{modality}"
+        sent = again.content["arrays"].get(name)
+        assert (sent.numpy().tolist() if sent else []) == kept
+    set_policy(file, "send_prototypes = false")
+    names = ask(file, lambda: train_message(recipe)).content["arrays"]
+    assert not [name for name in names if name.startswith("prototype")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("allowed_modalities = ['us']", "does not allow training on 'ct'"),
+        ("min_images = 1000", "fewer than the 1000"),
+        ("min_patients = 1000", "fewer than the 1000"),
+        ("privacy = 'record'", "differential privacy of mode 'record'"),
+    ],
+)
+def test_a_stored_reply_is_refused_if_the_policy_of_now_forbids_it(
+    policy, reason, make_sites, recipe
+):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    assert ask(file, lambda: train_message(recipe)).has_content()
+    set_policy(file, policy)
+    reply = ask(file, lambda: train_message(recipe))
+    assert reply.error.code == CLIENT_APP_ERROR
+    assert reason in reply.error.reason
+
+
+def simple_message(kind):
+    config = ConfigRecord({"study": STUDY})
+    return Message(RecordDict({"config": config}), FIRST_NODE_ID, kind)
+
+
+def test_outside_the_hours_only_a_query_is_answered(make_sites, recipe, monkeypatch):
+    (file,) = make_sites({"st-mary": ["ct"]}, policy="hours = ['mon-sun 08:00-09:00']\n")
+    monkeypatch.setattr("client.policy.opens_at", lambda *_: datetime(2026, 11, 28, 8, 0))
+    reply = ask(file, lambda: train_message(recipe))
+    assert reply.error.code == NOT_NOW
+    assert "ask again from 2026-11-28T08:00" in reply.error.reason
+    assert ask(file, lambda: simple_message("query")).has_content()
+    decisions = [line["decision"] for line in audit(file)]
+    assert decisions[0] == "accepted for checking"
+    assert decisions[1].startswith("not done: this site works mon-sun 08:00-09:00")
+
+
+def test_a_run_with_another_bundle_is_refused_and_both_lines_name_it(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct"]}, policy=f"allowed_apps = ['{'ab' * 32}']\n")
+    for message in (lambda: simple_message("query"), lambda: train_message(recipe)):
+        for bundle, answered in (("cd" * 32, False), ("", False), ("ab" * 32, True)):
+            grid = InProcessGrid(
+                lambda message, context, bundle=bundle: respond(message, context, bundle),
+                [{"site": str(file)}],
+            )
+            (reply,) = grid.send_and_receive([message()])
+            assert reply.has_content() == answered
+            incoming, outgoing = audit(file)[-2:]
+            assert incoming["bundle"] == outgoing["bundle"] == bundle
+            assert outgoing["decision"].startswith("not done: this site's policy does") != answered
+
+
+def test_a_message_of_a_type_of_its_own_is_refused_and_audited(make_sites):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    grid = InProcessGrid(respond, [{"site": str(file)}])
+    (reply,) = grid.send_and_receive([simple_message("train.odd")])
+    assert "answers messages of type query, train and evaluate alone" in reply.error.reason
+    assert [line["direction"] for line in audit(file)] == ["in", "out"]
 
 
 BAD_REQUESTS = {

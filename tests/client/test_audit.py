@@ -15,7 +15,7 @@ def lines(directory):
 
 def test_a_line_says_what_crossed_the_wire(tmp_path):
     arrays = {"student/w": np.ones((2, 3), np.float32)}
-    Audit(tmp_path, "ab12", 7).write(
+    Audit(tmp_path, "ab12", 7, "cd" * 32).write(
         "out", "train", "trained and sent", arrays=arrays, scalars={"num_examples/ct": 5}, seconds=2
     )
     (line,) = lines(tmp_path)
@@ -26,11 +26,13 @@ def test_a_line_says_what_crossed_the_wire(tmp_path):
         "message": "train",
         "study": "ab12",
         "round": 7,
+        "bundle": "cd" * 32,
         "decision": "trained and sent",
         "arrays": {"student/w": [2, 3]},
         "bytes": 24,
         "sha256": sha256_arrays(arrays),
         "scalars": {"num_examples/ct": 5},
+        "epsilon": None,
         "seconds": 2,
     }
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from client.site import Refusal
-from client.state import open_state
+from client.policy import Refusal
+from client.state import StoredReply, open_state
 from core.wire import Prototypes, SiteUpdate
 
 
@@ -23,12 +23,15 @@ def state(tmp_path):
     state = open_state(tmp_path, "ab" * 16)
     with state.locked():
         for number in (1, 2):
-            state.commit(number, f"digest-{number}", update(number), {"m": np.full(2, number)})
+            reply = StoredReply(update(number), {"ct": 12})
+            state.commit(number, f"digest-{number}", reply, {"m": np.full(2, number)})
     return state
 
 
 def test_a_stored_reply_comes_back_as_it_was(state):
-    stored = state.stored_reply(2, "digest-2")
+    reply = state.stored_reply(2, "digest-2")
+    assert reply.patients == {"ct": 12}
+    stored = reply.update
     assert stored.to_metrics() == update(2).to_metrics()
     for name, array in update(2).to_arrays().items():
         assert stored.to_arrays()[name].tobytes() == array.tobytes()
@@ -70,12 +73,13 @@ def test_killed_at_any_file_operation_the_state_can_be_loaded(state, kill_points
     """Round 3's commit is killed before its 1st, 2nd, ... operation on the disk."""
 
     def commit():
-        state.commit(3, "digest-3", update(3), {"m": np.full(2, 3)})
+        state.commit(3, "digest-3", StoredReply(update(3), {"ct": 12}), {"m": np.full(2, 3)})
 
     rounds = []
     for _ in kill_points(commit):
         last = state.last_round()
-        assert state.stored_reply(last, f"digest-{last}").student["w"].tolist() == [last] * 3
+        reply = state.stored_reply(last, f"digest-{last}")
+        assert reply.update.student["w"].tolist() == [last] * 3
         assert state.private()["m"].tolist() == [last, last]
         rounds.append(last)
     assert rounds[0] == 2

@@ -7,7 +7,7 @@ import pytest
 from client.check import data
 from client.check.findings import Status
 from client.site import load_site
-from client.state import open_state
+from client.state import StoredReply, open_state
 from core.checkpoint import read_json, write_json
 from core.config import ImagesConfig
 from core.errors import UserError
@@ -197,7 +197,7 @@ def test_rounds_left_are_told_for_each_study(site, recipe):
         round_number=3, student={"w": np.zeros(1)}, teacher={}, prototypes=Prototypes({}, {}),
         num_examples={"ct": 1}, metrics={},
     )  # fmt: skip
-    open_state(site.state_path, "ab" * 16).commit(3, "digest", update, {})
+    open_state(site.state_path, "ab" * 16).commit(3, "digest", StoredReply(update, {}), {})
     finding = data.budget(site, recipe)
     assert finding.status == GREEN
     assert "the policy allows 5 rounds a study; the recipe asks for 2" in finding.found
