@@ -1,6 +1,7 @@
 """One bad site among good ones, through the real apps and our strategy."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -94,7 +95,52 @@ def no_records(message, reply):
     return Message(RecordDict({"metrics": MetricRecord({})}), reply_to=message)
 
 
+def without_round(reply):
+    del reply.content["metrics"]["round"]
+    return reply
+
+
+def oversized(message, reply):
+    for number in range(3):
+        for name, whole in list(message.content["arrays"].items()):
+            reply.content["arrays"][f"{number}/{name}"] = whole
+    return reply
+
+
+def long_array(message, reply):
+    name = next(iter(reply.content["arrays"]))
+    reply.content["arrays"][name] = Array(np.ones(2_000_000, np.float32))
+    return reply
+
+
+def pickled(message, reply):
+    name = next(iter(reply.content["arrays"]))
+    whole = Array("object", (1,), "numpy.ndarray", pickle.dumps([1]))
+    reply.content["arrays"][name] = whole
+    return reply
+
+
+def torn(message, reply):
+    name, whole = next(iter(reply.content["arrays"].items()))
+    data = whole.data[:-4]
+    reply.content["arrays"][name] = Array("float32", whole.shape, "numpy.ndarray", data)
+    return reply
+
+
+def long_name(message, reply):
+    reply.content["arrays"]["student/" + "x" * 10_000_000] = Array(np.ones(1, np.float32))
+    return reply
+
+
 REJECTED = {
+    "other round": (metric("round", 2), "it answers round 2, not this one"),
+    "no round": (lambda message, reply: without_round(reply), "'round' is missing"),
+    "oversized": (oversized, "arrays, no update of this study has more than"),
+    "long array": (long_array, "bytes of arrays, no update of this study has more than"),
+    "long name": (long_name, "bytes of arrays, no update of this study has more than"),
+    "long list": (metric("loss/ct", [1.0] * 1000), "metrics, no update of this study has more"),
+    "pickled": (pickled, "cannot be decoded (no header of a numpy array"),
+    "torn array": (torn, "bytes of numbers are not what its shape needs"),
     "nan": (nan, "is not finite"),
     "missing key": (missing, "is missing (1 missing in all)"),
     "wrong shape": (shape, "has shape (3, 5, 7), expected"),

@@ -75,7 +75,7 @@ def test_a_policy_that_sends_less_sends_exactly_that(make_sites, make_recipe):
     reply = ask(file, lambda: train_message(recipe))
     names = {f"student/{name}" for name in initial_state(recipe).student}
     assert set(reply.content["arrays"]) == names
-    assert set(reply.content["metrics"]) == {"num_examples/ct"}
+    assert set(reply.content["metrics"]) == {"round", "num_examples/ct"}
 
 
 def test_the_same_round_asked_twice_is_trained_once(make_sites, recipe):
