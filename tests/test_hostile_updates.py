@@ -245,7 +245,7 @@ def test_quarantine_counts_against_the_quorum_and_the_run_says_so(tmp_path, make
     path, recipe = tmp_path / "run", make_recipe(min_sites=7, robust="none")
     open_run(path, recipe).load(begin)
     manage(path, HOSTILE, release=False)
-    with pytest.raises(QuorumError, match="6 site.* 7 needed; site 'x' is in quarantine"):
+    with pytest.raises(QuorumError, match=r"6 site.* 7 needed; site 'x' is in quarantine"):
         run_study(Sites(), recipe, path)
 
 
