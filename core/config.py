@@ -181,8 +181,8 @@ class FederationConfig(Strict):
     norm_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
     """In units of the median of the round's updates; a site beyond it is reported in any case."""
     quarantine_after: Annotated[int, Field(ge=0)] = 3
-    """A site rejected or reported as an outlier so many times in a row is not asked again until the
-    coordinator releases it; 0: never."""
+    """A site rejected, or with an update beyond `norm_bound`, so many times in a row is not asked
+    again until the coordinator releases it; 0: never."""
 
     @model_validator(mode="after")
     def _trimming_leaves_some(self) -> Self:

@@ -41,8 +41,7 @@ def read_npy(data: bytes) -> NDArray[Any]:
         raise NotAnArray("not an array of plain numbers")
     if any(type(side) is not int or side < 0 for side in shape):
         raise NotAnArray("a side of its shape is not a whole number")
-    expected, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if found != expected:
-        raise NotAnArray(f"{found} bytes of numbers, its shape needs {expected:.4g}")
+    if (found := len(data) - file.tell()) != math.prod(shape) * dtype.itemsize:
+        raise NotAnArray(f"{found} bytes of numbers are not what its shape needs")
     numbers = np.frombuffer(data, dtype, offset=file.tell())
     return numbers.reshape(shape[::-1]).T if fortran else numbers.reshape(shape)

@@ -4,10 +4,14 @@ RUN/quarantine.json
   held      site -> reason, and after which round it was put there; by_hand tells who did
   released  site -> after which round the coordinator released it last
 
-A site is held when it was rejected or reported as an outlier in `quarantine_after` of its rounds in
-a row. Rounds in which it gave no update to judge (silent, absent, error) count neither way, and
-rounds before its release do not count. That follows from history.jsonl and the file alone: a server
-that is killed at any time comes to the same sites when it resumes.
+A site is held when it was rejected, or reported for the length of its update, in `quarantine_after`
+of its rounds in a row. Rounds in which it gave no update to judge (silent, absent, error) count
+neither way, and rounds before its release do not count. The direction of its updates alone holds
+nobody: at the end of a study, when updates are short, an honest site with a modality of its own may
+point against all others (benchmarks/README.md); the report names it, and the coordinator decides.
+
+Who is held follows from history.jsonl and the file alone: a server that is killed at any time comes
+to the same sites when it resumes.
 """
 
 import fcntl
@@ -93,7 +97,8 @@ def _bad_rounds(lines: Sequence[Line], released: dict[str, int]) -> dict[str, li
     """Site -> why, of each of its last rounds that were bad, in order; a good one ends the row."""
     found: dict[str, list[str]] = {}
     for line in lines:
-        outliers = {o["site"]: str(o["words"]) for o in line.get("outliers", ())}
+        found_long = [o for o in line.get("outliers", ()) if o["figure"] == "norm_ratio"]
+        outliers = {o["site"]: str(o["words"]) for o in found_long}
         for site, outcome in line["sites"].items():
             if line["round"] <= released.get(site, 0):
                 continue

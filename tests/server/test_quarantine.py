@@ -17,8 +17,15 @@ def run(tmp_path):
 
 
 def history(*rounds):
-    """Each round a word a site: g(ood), b(ad), o(utlier), s(ilent), e(rror)."""
-    names = {"g": "admitted", "o": "admitted", "b": "rejected", "s": "silent", "e": "error"}
+    """Each round a word a site: g(ood), b(ad), l(ong), a(gainst), s(ilent), e(rror)."""
+    names = {
+        "g": "admitted",
+        "l": "admitted",
+        "a": "admitted",
+        "b": "rejected",
+        "s": "silent",
+        "e": "error",
+    }
     return [
         {
             "round": number,
@@ -27,9 +34,13 @@ def history(*rounds):
                 for site, word in sites.items()
             },
             "outliers": [
-                {"site": site, "words": f"site '{site}': odd"}
+                {
+                    "site": site,
+                    "figure": {"l": "norm_ratio", "a": "cosine"}[word],
+                    "words": f"site '{site}': odd",
+                }
                 for site, word in sites.items()
-                if word == "o"
+                if word in "la"
             ],
         }
         for number, sites in enumerate(rounds, start=1)
@@ -48,7 +59,8 @@ def write(run, lines):
 @pytest.mark.parametrize(
     ("text", "held"),
     [
-        ("", False), ("bb", False), ("bbb", True), ("bob", True), ("bgbb", False),
+        ("", False), ("bb", False), ("bbb", True), ("blb", True), ("lll", True), ("aaaa", False),
+        ("bba", False), ("bgbb", False),
         ("gbbb", True), ("bbgb", False), ("bsbeb", True), ("sss", False), ("eee", False),
         ("bbsg", False),
     ],
@@ -59,7 +71,7 @@ def test_so_many_bad_rounds_in_a_row_put_a_site_into_quarantine(run, text, held)
 
 
 def test_the_reason_names_the_last_bad_round(run):
-    assert quarantined(run, words("bbo"), 3) == {
+    assert quarantined(run, words("bbl"), 3) == {
         "x": "3 bad rounds in a row, the last: round 3: site 'x': odd"
     }
 
