@@ -158,6 +158,7 @@ def answer(message: Message, arrays: Arrays, number: int) -> RecordDict:
         record[f"prototypes/{modality}"] = Array(rows)
         record[f"prototype_counts/{modality}"] = Array(np.full(PROTOTYPES, 12 + number, np.float32))
     metrics = {f"num_examples/{m}": 500 + number for m in ("ct", "cxr", "us")}
+    metrics["round"] = int(message.content["config"]["round"])
     return RecordDict({"arrays": ArrayRecord(record), "metrics": MetricRecord(metrics)})
 
 
@@ -165,7 +166,9 @@ def measure(home: Path, count: int, blocks: int, rounds: int) -> None:
     """Run the study in this process and write what it took to home/figures.json."""
     task()
     federation = {"rounds": rounds, "min_sites": count, "prototypes_per_modality": PROTOTYPES}
-    table = {"name": "memory", "model": {"embedding_dim": DIM}, "federation": federation}
+    memory = {"entries_per_modality": 4096}  # the prototypes' counts sum to less
+    model = {"embedding_dim": DIM}
+    table = {"name": "memory", "model": model, "memory": memory, "federation": federation}
     recipe = recipe_from_json(json.dumps(table), "benchmark")
     (home / "recipe.json").write_text(recipe.model_dump_json())
     spawn = multiprocessing.get_context("spawn")

@@ -75,8 +75,7 @@ def screen(
         return Screened({}, [])
     median = median_low([outcomes[site]["update_norm"] for site in left])
     for site, cosine in cosines(left, outcomes, state.student, median).items():
-        norm = outcomes[site]["update_norm"]
-        outcomes[site]["norm_ratio"] = norm / median if median else 0.0 if not norm else None
+        outcomes[site]["norm_ratio"] = _ratio(outcomes[site]["update_norm"], median)
         outcomes[site]["cosine"] = cosine
     outliers: list[Line] = []
     if len(left) >= FEWEST_TO_COMPARE:
@@ -127,6 +126,13 @@ def cosines(
 
 def _admitted(outcome: Line) -> bool:
     return bool(outcome["outcome"] == "admitted")
+
+
+def _ratio(norm: float, median: float) -> float | None:
+    """None where one site moved and the median site did not."""
+    if median:
+        return norm / median
+    return None if norm else 0.0
 
 
 def _copies(

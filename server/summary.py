@@ -63,7 +63,7 @@ def summarise(
             "bytes_up": sum(line["bytes_up"] for line in lines),
             "bytes_down": sum(line["bytes_down"] for line in lines),
             "alarms": [words for line in lines for words in line["alarms"]],
-            "outliers": _outliers(lines),
+            "outliers": outlier_report(lines),
             "model": {"path": str(model), "sha256": digest} if digest else None,
         }
         write_json(file, summary)
@@ -167,7 +167,7 @@ def _sites(lines: list[Line]) -> dict[str, dict[str, Any]]:
     return sites
 
 
-def _outliers(lines: list[Line]) -> list[str]:
+def outlier_report(lines: list[Line]) -> list[str]:
     """What a coordinator should look at: a sentence a site that was rejected or stood out."""
     found: dict[str, list[str]] = {}
     for line in lines:
@@ -199,9 +199,9 @@ def _seconds(lines: list[Line]) -> dict[str, float]:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    sites, seconds = len(summary["sites"]), sum(
-        summary["seconds"].get(p, 0.0) for p in ("wait_for_sites", "exchange", "admit", "aggregate")
-    )  # fmt: skip
+    phases = ("wait_for_sites", "exchange", "admit", "screen", "aggregate")
+    sites = len(summary["sites"])
+    seconds = sum(summary["seconds"].get(phase, 0.0) for phase in phases)
     table = Table(
         title=f"{summary['study']}: {summary['rounds']} rounds, {sites} sites, {seconds:.0f} s, "
         f"{summary['bytes_up'] / 1e6:.1f} MB up, {summary['bytes_down'] / 1e6:.1f} MB down"

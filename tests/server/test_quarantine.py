@@ -7,6 +7,7 @@ import pytest
 
 from core.checkpoint import read_json
 from core.errors import UserError
+from server.__main__ import main
 from server.quarantine import manage, quarantined
 
 
@@ -142,3 +143,18 @@ def test_server_and_command_take_turns(run):
     for thread in threads:
         thread.join()
     assert set(read_json(run / "quarantine.json")["held"]) == {*names, "x"}
+
+
+def test_the_command_shows_adds_and_releases(run, monkeypatch, capsys):
+    write(run, words("g"))
+    for arguments, shown in (
+        ([], "no site is in quarantine"),
+        (["x"], "site 'x' is not asked from the next round on"),
+        ([], "x: put there by the coordinator after round 1"),
+        (["x", "--release"], "site 'x' is asked again from the next round on"),
+    ):
+        monkeypatch.setattr("sys.argv", ["fedmermed-server", "quarantine", str(run), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.strip() == shown

@@ -80,6 +80,7 @@ def test_phantoms_make_a_first_run_with_all_its_results(tmp_path, recipe_file):
         assert {"images", "loss_first", "loss_last", "knn_auroc_first", "knn_auroc_last"} <= set(
             row
         )
+    assert summary["outliers"] == []
     assert summary["bytes_up"] > 0
     assert summary["bytes_down"] > 0
     assert {"exchange", "aggregate", "sites_train"} <= set(summary["seconds"])
