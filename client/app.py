@@ -124,7 +124,7 @@ def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
         check_bundle(site.policy, audit.bundle)
         check_hours(site.policy)
         update, trained = answer(site, request)
-        arrays, metrics = update.to_arrays(), update.to_metrics()
+        arrays, metrics = request.reply(update), update.to_metrics()
         content = RecordDict({"arrays": _record(arrays), "metrics": MetricRecord(dict(metrics))})
         hold_training(site.policy, request.recipe, request.arrays, content)
     audit.write(

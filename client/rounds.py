@@ -12,9 +12,11 @@ from client.state import StoredReply, open_state
 from core.checkpoint import Arrays, sha256_arrays
 from core.config import Recipe
 from core.sites import open_site
+from core.transport import TransportError, pack_update, unpack_state
 from core.wire import (
     COUNTS,
     PROTOTYPES,
+    SCALES,
     STUDENT,
     TEACHER,
     GlobalState,
@@ -34,7 +36,23 @@ class Request:
     """Global step at which the round starts."""
     recipe: Recipe
     arrays: Arrays
-    """The global state under its wire names."""
+    """The global state under its wire names, as it came."""
+
+    def unpacked(self) -> Arrays:
+        """The global state from which the round starts.
+
+        Raises:
+            Refusal: it did not come in the recipe's transport.
+        """
+        try:
+            return unpack_state(self.arrays, self.recipe.federation.transport)
+        except TransportError as error:
+            raise Refusal(f"the message is not in the recipe's transport: {error}") from None
+
+    def reply(self, update: SiteUpdate) -> Arrays:
+        """The arrays of an update to this round, as they leave."""
+        transport = self.recipe.federation.transport
+        return pack_update(update.to_arrays(), self.unpacked(), transport)
 
 
 def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
@@ -72,7 +90,7 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
             torch.set_num_threads(site.threads)
         update, private = site_round(
             recipe,
-            GlobalState.from_arrays(request.arrays),
+            GlobalState.from_arrays(request.unpacked()),
             shards,
             state.private(),
             site=site.name,
@@ -92,7 +110,9 @@ def _check(request: Request) -> None:
             f"round {request.round_number} starts at step {expected} of the recipe, not at "
             f"{request.step}"
         )
-    prefixes = (STUDENT, TEACHER, PROTOTYPES, COUNTS)
+    prefixes: tuple[str, ...] = (STUDENT, TEACHER, PROTOTYPES, COUNTS)
+    if request.recipe.federation.transport == "delta16":
+        prefixes += (SCALES,)
     if any(not name.startswith(prefixes) for name in request.arrays):
         raise Refusal("the message holds an array that is not on the list of what is sent down")
 

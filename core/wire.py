@@ -3,13 +3,16 @@
 Down (server to site), RecordDict with two records:
   "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor>, prototypes/<modality> [K, D] unit
                           rows, prototype_counts/<modality> [K] float32
+                          scales/student, scales/teacher [T] float32, in transport delta16
   "config"  ConfigRecord  study, round, step (global step at which the round starts), recipe (JSON)
 Up (site to server), RecordDict with two records:
   "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor> (only when the recipe averages
-                          teachers), prototypes/<modality>, prototype_counts/<modality>
+                          teachers), prototypes/<modality>, prototype_counts/<modality>, and in
+                          delta16 scales as above
   "metrics" MetricRecord  round (int, the one that is answered), num_examples/<modality> (int, at
                           least one), and floats named <metric>/<modality> or <metric> with
                           <metric> in METRICS
+Weights are float32, or float16 where the recipe's transport is delta16 (core/transport.py).
 A query message ("config": study) is answered with ConfigRecord "info": site, version.
 
 An evaluate message measures a released backbone on a site's own labels. Down:
@@ -39,11 +42,13 @@ STUDENT: Final = "student/"
 TEACHER: Final = "teacher/"
 PROTOTYPES: Final = "prototypes/"
 COUNTS: Final = "prototype_counts/"
+SCALES: Final = "scales/"
 NUM_EXAMPLES: Final = "num_examples/"
 ROUND: Final = "round"
 
 NOT_NOW: Final = 102
-"""Code of an error reply to a message that the site would take at another hour."""
+"""Code of an error reply to what the site's policy will allow later, by itself; the reason says
+when. Flower's own codes are below 100."""
 
 METRICS: Final[Mapping[str, tuple[float, float]]] = {
     "loss": (-1e6, 1e6),
@@ -69,10 +74,6 @@ METHODS: Final = ("probe", "knn", "shared_probe")
 """probe and knn learn from the site's own training images; shared_probe is the evaluator's."""
 MEASURES: Final = ("auroc", "accuracy", "balanced_accuracy")
 NOTES: Final = ("skipped", "pooling")
-
-NOT_NOW: Final = 102
-"""Code of an error reply to what the site's policy will allow later, by itself; the reason says
-when. Flower's own codes are below 100."""
 
 
 @dataclass(frozen=True)

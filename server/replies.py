@@ -11,6 +11,7 @@ from core.checkpoint import Arrays, sha256_arrays
 from core.collapse import alarm
 from core.config import Recipe
 from core.npy import NotAnArray, read_npy
+from core.transport import TransportError, unpack_update
 from core.wire import STUDENT, GlobalState, SiteUpdate
 from server.history import Line
 
@@ -37,9 +38,12 @@ def judge(
         LOG.warning("site '%s', round %d: error: %s", site, round_number, reason)
         return None, {"outcome": "error", "reason": reason}
     try:
-        _check_size(site, round_number, reply.content, most_bytes(reference, recipe))
-        arrays, metrics = _read(site, round_number, reply.content)
+        where = f"site '{site}', round {round_number}"
+        _check_size(where, reply.content, most_bytes(reference, recipe))
+        arrays, metrics = _read(where, reply.content)
+        # As they came: the same differences about another state would be another student.
         digest = sha256_arrays({n: a for n, a in arrays.items() if n.startswith(STUDENT)})
+        arrays = _unpacked(where, arrays, reference, recipe)
         update = admit(
             arrays, metrics, site=site, round_number=round_number, reference=reference,
             recipe=recipe,
@@ -92,7 +96,7 @@ def count_bytes(content: RecordDict) -> int:
     return sum(record.count_bytes() for record in content.values())
 
 
-def _check_size(site: str, round_number: int, content: RecordDict, most: tuple[int, int]) -> None:
+def _check_size(where: str, content: RecordDict, most: tuple[int, int]) -> None:
     """Refuse a reply that is larger than any that could be admitted, before it is decoded."""
     arrays = sum(len(record) for record in content.array_records.values())
     numbers = sum(record.count_bytes() for record in content.array_records.values())
@@ -104,18 +108,29 @@ def _check_size(site: str, round_number: int, content: RecordDict, most: tuple[i
     ):  # fmt: skip
         if found > limit:
             raise Rejected(
-                f"site '{site}', round {round_number}: the reply has {found} {what}, no update of "
+                f"{where}: the reply has {found} {what}, no update of "
                 f"this study has more than {limit}; update rejected"
             )
 
 
-def _read(site: str, round_number: int, content: RecordDict) -> tuple[Arrays, dict[str, Any]]:
+def _unpacked(where: str, arrays: Arrays, reference: GlobalState, recipe: Recipe) -> Arrays:
+    """Arrays in float32, as admission judges them; they are taken out of `arrays`.
+
+    Raises:
+        Rejected: they did not come in the recipe's transport.
+    """
+    try:
+        return unpack_update(arrays, reference.to_arrays(), recipe.federation.transport)
+    except TransportError as error:
+        raise Rejected(f"{where}: {printable(str(error))}; update rejected") from None
+
+
+def _read(where: str, content: RecordDict) -> tuple[Arrays, dict[str, Any]]:
     """Take a reply apart, and its arrays out of it.
 
     Raises:
         Rejected: it is not one record of arrays and one of numbers, or an array cannot be decoded.
     """
-    where = f"site '{site}', round {round_number}"
     names = [*content.array_records, *content.metric_records, *content.config_records]
     if names != ["arrays", "metrics"] or not content.array_records or not content.metric_records:
         raise Rejected(

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from core.config import Recipe
+from core.transport import pack_state
 from core.wire import SiteUpdate
 from server.aggregate import aggregate
 from server.attendance import last_sites, require_quorum, wait_for_sites
@@ -125,7 +126,8 @@ class FederatedMemory(Strategy):
 
         def ask(sites: Mapping[str, int], seconds: float) -> list[Message]:
             # Made for each question and let go of: no name may keep the state once it is sent.
-            arrays = to_record(self.checkpoint.state.to_arrays())
+            state = self.checkpoint.state.to_arrays()
+            arrays = to_record(pack_state(state, self.recipe.federation.transport))
             self._bytes_down += len(sites) * (arrays.count_bytes() + config.count_bytes())
             content, group = RecordDict({"arrays": arrays, "config": config}), str(server_round)
             return [
