@@ -9,7 +9,7 @@ delta16   Down the weights, up the difference from what was received, each as fl
 
 Error of delta16, for each element x of a tensor: at most |x| * 2^-11, or max|tensor| * 2^-39
 where that is more. With x a weight on its way down, with x the site's change on its way up. Zero
-stays zero; nothing finite overflows, and no tensor vanishes, whatever its size.
+stays zero, nothing up to 2^127 overflows, and no tensor vanishes, however small it is.
 
 Prototypes are small, must stay unit rows, and always travel as float32.
 """
