@@ -36,6 +36,7 @@ from client.site import SiteConfig, load_site
 from core.checkpoint import Arrays
 from core.config import recipe_from_json
 from core.errors import UserError
+from core.npy import NotAnArray, read_npy
 from core.wire import NOT_NOW, EvaluationRequest
 
 LOG = logging.getLogger("fedmermed.site")
@@ -200,6 +201,7 @@ def _read(message: Message) -> Request:
         step=int(config["step"]),  # type: ignore[arg-type]
         recipe=recipe,
         arrays=_arrays(records.array_records["arrays"]),
+        expires=message.metadata.created_at + message.metadata.ttl,
     )
 
 
@@ -227,7 +229,15 @@ def _record(arrays: Arrays) -> ArrayRecord:
 
 
 def _arrays(record: ArrayRecord) -> Arrays:
-    return {name: array.numpy() for name, array in record.items()}
+    """Plain numbers, whatever bytes came.
+
+    Raises:
+        Refusal: an array is anything else.
+    """
+    try:
+        return {name: read_npy(array.data).copy() for name, array in record.items()}
+    except NotAnArray as error:
+        raise Refusal(f"an array in the message cannot be decoded: {error}") from None
 
 
 def _site_file(context: Context) -> Path:

@@ -1,6 +1,8 @@
 """One round at one site: policy, state, training, and the reply that may leave."""
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +39,8 @@ class Request:
     recipe: Recipe
     arrays: Arrays
     """The global state under its wire names, as it came."""
+    expires: float = math.inf
+    """Unix time after which the coordinator waits for the reply no more."""
 
     def unpacked(self) -> Arrays:
         """The global state from which the round starts.
@@ -78,6 +82,8 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
             images = stored.update.num_examples
             recipe = approve(policy, request.recipe, number, images, stored.patients)
             return cut(policy, recipe, stored.update), False
+        if time.time() > request.expires:  # it waited here while an earlier round was trained
+            raise Refusal(f"round {number} was over before this site could begin with it")
         shards = [shard for path in site.shard_paths for shard in open_site(path)]
         images, patients = training_images(shards), training_patients(shards)
         recipe = approve(policy, request.recipe, number, images, patients)

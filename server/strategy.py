@@ -7,6 +7,7 @@ refused as completed; ours resumes, and raises when a round misses its quorum.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from flwr.app import (
     ArrayRecord,
@@ -43,8 +44,8 @@ class FederatedMemory(Strategy):
         recipe: The study.
         run: Where checkpoints and history go.
         checkpoint: Where the study stands.
-        roster: Knows which node is which site.
         expect_sites: A study's first round waits for so many, as long as for the quorum.
+        registered: Where the service notes which key is which site's, see server.roster.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class FederatedMemory(Strategy):
         recipe: Recipe,
         run: RunDirectory,
         checkpoint: Checkpoint,
-        roster: Roster,
         expect_sites: int = 0,
+        registered: Path | None = None,
     ) -> None:
         self.recipe = recipe
         self.run = run
         self.checkpoint = checkpoint
         self.expect_sites = expect_sites
-        self.roster = roster
+        self.roster = Roster(run.study, registered)
         self._exchange: Exchange | None = None
         self._bytes_down = 0
         self._began = time.monotonic()

@@ -9,7 +9,6 @@ from core.config import Recipe
 from core.errors import UserError
 from core.wire import GlobalState
 from server.history import open_run
-from server.roster import Roster
 from server.strategy import FederatedMemory
 
 
@@ -43,8 +42,8 @@ def run_study(
                 recipe,
                 run,
                 run.load(lambda: initial_state(recipe)),
-                Roster(run.study, registered),
                 expect_sites,
+                registered,
             ).start(
                 grid,
                 ArrayRecord(),  # the strategy has the checkpoint

@@ -10,10 +10,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from core.checkpoint import load_arrays, read_json
 from core.wire import GlobalState
+from server.attendance import QuorumError
 from server.grid import InProcessGrid
 from server.history import open_run, read_history
 from server.quarantine import manage
-from server.strategy import FederatedMemory, QuorumError
+from server.strategy import FederatedMemory
 from server.study import run_study
 
 SHAPES = {"block.weight": (40, 30), "block.bias": (40,)}

@@ -1,5 +1,6 @@
 """The real ClientApp behind the in-process grid: what goes in, what may come out."""
 
+import io
 import json
 import re
 from datetime import datetime
@@ -285,3 +286,28 @@ def test_ray_nodes_find_their_site_file_by_number(make_sites, monkeypatch):
         [Message(RecordDict({"config": config}), FIRST_NODE_ID + i, "query") for i in range(2)]
     )
     assert [reply.content["info"]["site"] for reply in replies] == ["a", "b"]
+
+
+def test_a_round_that_is_over_is_not_begun_but_what_was_trained_is_sent(make_sites, recipe):
+    """Questions pile up while a site trains for longer than the coordinator waits."""
+
+    def late():
+        message = train_message(recipe)
+        message.metadata.__dict__["_created_at"] -= message.metadata.ttl + 1
+        return message
+
+    one, other = make_sites({"st-mary": ["ct"], "charite": ["ct"]})
+    reply = ask(one, late)
+    assert reply.error.reason == "round 1 was over before this site could begin with it"
+    assert not (one.parent / "state" / "studies" / STUDY / "round-0001").exists()
+    assert not ask(other, lambda: train_message(recipe)).has_error()
+    assert not ask(other, late).has_error()
+
+
+def test_an_array_of_objects_is_refused_unread(make_sites, recipe):
+    (file,) = make_sites({"st-mary": ["ct"]})
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([print], dtype=object), allow_pickle=True)
+    array = Array("object", (1,), "numpy.ndarray", pickled.getvalue())
+    reply = ask(file, lambda: train_message(recipe, arrays={"prototypes/ct": array}))
+    assert reply.error.reason.startswith("an array in the message cannot be decoded: not an array")
