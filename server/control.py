@@ -4,11 +4,9 @@ It has no login, so it is reached on the coordinator's machine alone. Its addres
 Flower's commands read: DIR/flower/config.toml, which the SuperLink's part of `serve` writes.
 """
 
-import json
 import os
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,16 +30,8 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from core.checkpoint import write_atomically
 from core.errors import UserError
+from server.connection import read_connection
 
-CONNECTION = """\
-# How Flower's commands reach the SuperLink from here; 'serve' writes it.
-[superlink]
-default = "fedmermed"
-
-[superlink.fedmermed]
-address = {address}
-root-certificates = {authority}
-"""
 APP = """\
 [project]
 name = "fedmermed"
@@ -73,30 +63,6 @@ class Node:
     """As Flower stores it: PEM."""
     admitted: bool
     """False once it was unregistered, for good."""
-
-
-def write_connection(directory: Path, address: str) -> None:
-    """Note where the SuperLink of a coordinator's directory listens."""
-    authority = json.dumps(str(directory.absolute() / "ca.crt"))
-    text = CONNECTION.format(address=json.dumps(address), authority=authority)
-    write_atomically(directory / "flower" / "config.toml", text.encode())
-
-
-def read_connection(directory: Path) -> str:
-    """Where the SuperLink listens, host:port.
-
-    Raises:
-        UserError: this is no coordinator's directory.
-    """
-    file = directory / "flower" / "config.toml"
-    try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-        return str(found["superlink"]["fedmermed"]["address"])
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"'{file}' does not tell where the SuperLink is; give a directory that "
-            "'fedmermed-server provision' made"
-        ) from None
 
 
 class Control:
@@ -182,32 +148,33 @@ def control(
     Raises:
         UserError: it does not answer in time.
     """
-    address = read_connection(directory)
     for name in ("NO_PROXY", "no_proxy"):  # the calls stay on this machine
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost,127.0.0.1"]))
-    client = ControlHttpClient.from_server_address(
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            with _opened(directory) as found:
+                found.nodes()
+            break
+        except UserError:
+            if time.monotonic() > deadline or not (directory / "ca.crt").exists():
+                raise
+            tend()
+            time.sleep(0.3)
+    with _opened(directory) as found:
+        yield found
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[Control]:
+    address = read_connection(directory)  # which a service that starts may write anew
+    with ControlHttpClient.from_server_address(
         address,
         insecure=False,
         root_certificates=_authority(directory),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
-    )
-    try:
-        found, deadline = (
-            Control(client, address, directory.absolute()),
-            time.monotonic() + patience_seconds,
-        )
-        while True:
-            try:
-                found.nodes()
-                break
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                tend()
-                time.sleep(0.3)
-        yield found
-    finally:
-        client.close()
+    ) as client:
+        yield Control(client, address, directory.absolute())
 
 
 def _authority(directory: Path) -> bytes:

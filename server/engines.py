@@ -20,7 +20,6 @@ from flwr.serverapp import Grid, ServerApp
 from core.errors import UserError
 from server.app import app as server_app
 from server.grid import RUN_ID, InProcessGrid
-from server.processes import run_processes
 
 CLIENT_APP = "client.app:app"
 
@@ -84,10 +83,17 @@ def run_on_ray(run_dir: Path, site_files: Sequence[Path]) -> None:
         importlib.import_module("ray").shutdown()
 
 
+def run_as_processes(run_dir: Path, site_files: Sequence[Path]) -> None:
+    """Run what a coordinator and its sites run, each in processes of its own."""
+    from server.processes import run_processes  # a second of Flower's modules
+
+    run_processes(run_dir, site_files)
+
+
 ENGINES: Mapping[EngineName, Callable[[Path, Sequence[Path]], None]] = {
     EngineName.INPROCESS: run_in_process,
     EngineName.RAY: run_on_ray,
-    EngineName.PROCESSES: run_processes,
+    EngineName.PROCESSES: run_as_processes,
 }
 
 

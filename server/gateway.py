@@ -13,8 +13,7 @@ start runs at all sites. The SuperLink therefore listens on the loopback, and th
 - A body is at most `MAX_BODY_BYTES`, streamed in pieces, and kept nowhere.
 - The SuperLink's certificate is verified under the study's CA, for the name localhost.
 - A request has `REQUEST_SECONDS` in all, `IDLE_SECONDS` between two pieces of its body, and
-  `MAX_REQUESTS` run at a time. A connection that brings no request, or one that does not end well,
-  is closed.
+  `MAX_REQUESTS` run at a time. A connection whose request is refused, by whomever, is closed.
 - Without a SuperLink the answer is 502, of an overload 503: SuperNodes try again after both.
 
 Why not nginx: this runs from the same Python install on every machine, in tests and in the image.
@@ -29,10 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from core.address import split_address
 from core.admission import printable
 
 LOG = logging.getLogger("fedmermed.gateway")
@@ -65,7 +61,6 @@ RETURNED: Final = frozenset(
 MAX_BODY_BYTES: Final = 16 * 2**20
 """Flower sends arrays in pieces of 5 MiB."""
 MAX_REQUESTS: Final = 128
-MAX_CONNECTIONS: Final = 1024
 IDLE_SECONDS: Final = 30.0
 REQUEST_SECONDS: Final = 300.0
 
@@ -247,45 +242,3 @@ class _Reply:
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-class _Protocol(H11Protocol):
-    """Closes a connection on which no request has come; uvicorn would keep it for ever."""
-
-    def connection_made(self, transport: Any) -> None:
-        """Start the clock."""
-        super().connection_made(transport)
-        self.loop.call_later(IDLE_SECONDS, self._close_without_request)
-
-    def _close_without_request(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
-
-
-def run_gateway(listen: str, superlink: str, directory: Path) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        listen: The public address, host:port.
-        superlink: Where the SuperLink listens, host:port.
-        directory: The coordinator's directory, with ca.crt, server.crt and server.key.
-    """
-    host, port = split_address(listen)
-    LOG.info("gateway: sites are served at %s, through it at %s", listen, superlink)
-    uvicorn.run(
-        make_gateway(superlink, directory / "ca.crt"),
-        host=host,
-        port=port,
-        http=_Protocol,
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=20,
-        timeout_graceful_shutdown=5,
-        ssl_certfile=str(directory / "server.crt"),
-        ssl_keyfile=str(directory / "server.key"),
-    )

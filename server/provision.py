@@ -193,7 +193,7 @@ def _server(
             authority, authority_key, read_key(key_file), host, dt.datetime.now(dt.UTC), days
         )
         write_atomically(file, made.public_bytes(Encoding.PEM))
-        yield f"new server certificate for {host}; restart the SuperLink and the gateway with it"
+        yield f"new server certificate for {host}; restart 'serve' with it"
     end = read_certificate(file).not_valid_after_utc
     yield f"server certificate: valid until {end:%d %B %Y}; renew it with --renew-server"
 

@@ -15,11 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import NoReturn
 
 from core.address import split_address
 from core.checkpoint import read_json, write_atomically
 from core.errors import UserError
-from server.control import write_connection
+from server.connection import write_connection
 from server.supervisor import Part, Supervisor, stopped_by_sigterm
 
 LOG = logging.getLogger("fedmermed.server")
@@ -87,11 +88,10 @@ class Service:
         return self._part(PartName.APPS, command)
 
     def gateway_part(self) -> Part:
-        """This program, as the gateway."""
+        """The public door to the SuperLink."""
         command = [
-            *_module("server"),
-            *("serve", str(self.directory), "--part", "gateway"),
-            *("--listen", self.listen, "--superlink", self.superlink),
+            *_module("server.gateway_server"),
+            *(self.listen, self.superlink, str(self.directory)),
         ]
         return self._part(PartName.GATEWAY, command, serves=True)
 
@@ -162,20 +162,18 @@ def serve(service: Service) -> None:
                 time.sleep(0.5)
 
 
-def run_part(service: Service, name: PartName) -> None:
+def run_part(service: Service, name: PartName) -> NoReturn:
     """Become one part, as a container's only program.
 
-    Raises:
-        UserError: the gateway cannot start; the other parts do not return.
+    This process ends when it ends.
     """
-    if name is PartName.GATEWAY:
-        from server.gateway import run_gateway
-
-        run_gateway(service.listen, service.superlink, service.directory)
-        return
     if name is PartName.SUPERLINK:
         write_connection(service.directory, f"127.0.0.1:{service.port}")
-    part = service.superlink_part() if name is PartName.SUPERLINK else service.apps_part()
+    part = {
+        PartName.SUPERLINK: service.superlink_part,
+        PartName.APPS: service.apps_part,
+        PartName.GATEWAY: service.gateway_part,
+    }[name]()
     os.execve(part.command[0], list(part.command), dict(part.environment))
 
 

@@ -166,7 +166,7 @@ def test_a_service_that_was_killed_leaves_nothing_that_blocks_the_next(study, tm
         assert len(family) >= 3
         service.kill()
         wait_for(lambda: not any(_lives(pid) for pid in family), log)
-        assert listening(own) == listening(public) == []
+        wait_for(lambda: not listening(own) and not listening(public), log)
     with started(log, serve) as service:
         wait_for(lambda: listening(own) and listening(public), log)
         assert done(server("admit", place)).splitlines() == ["site st-mary: admitted"]
@@ -210,11 +210,12 @@ def test_looking_whether_a_run_is_held_does_not_keep_a_server_app_out(tmp_path, 
 
 
 def test_the_service_refuses_what_it_cannot_use(tmp_path, study):
-    place, *_ = study
+    place, *_, recipe = study
     for words, said in (
         (["serve", tmp_path / "nowhere"], "has no ca.crt; run 'fedmermed-server provision' first"),
         (["serve", place, "--listen", "everywhere"], "'everywhere' is not HOST:PORT"),
         (["admit", tmp_path / "nowhere"], "does not tell where the SuperLink is"),
+        (["run", tmp_path / "nowhere", recipe], "does not tell where the SuperLink is"),
     ):
         result = subprocess.run(server(*words), capture_output=True, text=True)
         assert result.returncode == 2

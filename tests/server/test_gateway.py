@@ -12,6 +12,7 @@ from flwr.superlink.main import create_app
 
 from server import gateway
 from server.gateway import FLEET, HEALTH, MAX_BODY_BYTES, PASSED, make_gateway
+from server.gateway_server import Protocol
 from server.processes import free_port
 from server.provision import provision
 
@@ -86,7 +87,7 @@ def door(open_door):
 def door_before(directory, *, authority=None, away=False):
     inner, port, superlink = free_port(), free_port(), SuperLink()
     app = make_gateway(f"127.0.0.1:{inner}", authority or directory / "ca.crt")
-    options = {"http": gateway._Protocol, "lifespan": "on", "timeout_graceful_shutdown": 1}
+    options = {"http": Protocol, "lifespan": "on", "timeout_graceful_shutdown": 1}
     with contextlib.ExitStack() as stack:
         if not away:
             stack.enter_context(served(superlink, inner, directory, lifespan="off"))
