@@ -37,6 +37,7 @@ class Service:
     """Starts a thread a run, as the service starts a ServerApp; `lives` tell what each does."""
 
     def __init__(self, run, *lives):
+        self.directory = run.path.parent / "study"
         self.run, self.lives = run, list(lives)
         self.started, self.stopped, self.threads = [], [], {}
 
@@ -75,7 +76,12 @@ def test_a_study_is_submitted_once_and_followed_to_its_end(run):
     service = Service(run, whole)
     follow(service, run.path, 2)
     assert service.started == [
-        {"recipe": str(run.path / "recipe.json"), "run-dir": str(run.path), "sites": 2}
+        {
+            "recipe": str(run.path / "recipe.json"),
+            "run-dir": str(run.path),
+            "sites": 2,
+            "registered": str(service.directory / "registered"),
+        }
     ]
 
 
@@ -166,4 +172,4 @@ def test_the_app_that_is_submitted_is_one_file_with_one_fingerprint():
     assert len(content) < 2048
     assert APP.count("def ") == APP.count("import ") == 0
     # Sites may list it (allowed_apps): a change of it is a change for them.
-    assert digest == "aae9b56d407ad8ee17f1165f0e897dc6fcf39685d831973eee05df0e2bf4ce4a"
+    assert digest == "c8d5584553cd7df18c5a98e56e9076b501f054a27a114f0e2cbd71334a47e053"
