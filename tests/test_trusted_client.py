@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from client.chain import read
 from server.processes import free_port
 from server.provision import provision
 
@@ -151,3 +152,17 @@ def test_a_bundle_with_planted_code_does_not_run_at_a_site(study, tmp_path):
     state = site_file.parent / "state"
     assert not (state / "flower" / "apps").exists()  # nor was it unpacked
     assert oct((state / "runtime.secret").stat().st_mode & 0o777) == "0o600"
+    chain = read(state)
+    assert not chain.problem
+    bundles = {entry["bundle"] for entry in chain.entries}
+    [bundle] = bundles
+    assert len(chain.entries) == 6  # a line in and a line out each, also of what was refused
+
+    with open(site_file, "a") as file:
+        file.write(f"[policy]\nallowed_apps = ['{'ab' * 32}']\n")
+    [query] = submit(directory, app, ["query"])
+    [_, code, reason] = query
+    assert code == 2
+    assert reason.startswith("this site's policy does not answer runs submitted with the bundle ")
+    assert read(state).entries[-1]["decision"] == f"not done: {reason}"
+    assert bundle not in reason  # another question, another bundle
