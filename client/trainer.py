@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TaskType
+from flwr.supercore.retry import http_retry
 from flwr.supercore.superexec import run_superexec as flower
 from flwr.supercore.superexec.executor import (
     ExecutionSpec,
@@ -24,6 +26,9 @@ from flwr.supernode.runtime import run_clientapp
 from client.launcher import Task, check_own_code, replace_in
 from client.parts import QUIET, python_path
 from core.errors import UserError
+
+RETRY_SECONDS: Final = 2
+"""Longest pause between looks for a SuperNode that is away: it is near, and Flower's 20 s long."""
 
 
 def main() -> None:
@@ -37,6 +42,8 @@ def main() -> None:
         replace_in(flower, flower.run_superexec, names)
     except UserError as error:
         sys.exit(f"error: {error}")
+    assert "MAX_RETRY_DELAY" in vars(http_retry)
+    vars(http_retry)["MAX_RETRY_DELAY"] = RETRY_SECONDS
     flower_superexec()
 
 

@@ -36,8 +36,9 @@ Put the study's recipe here as `recipe.toml`, open `site.toml` and set the site'
     fedmermed-site check site.toml
     fedmermed-site join site.toml
 
-`check` says for every red line what to do. `join` runs until it is stopped. The firewall
-need let through one way alone: TCP from here to {address}.
+`check` says for every red line what to do. `join` runs until it is stopped, and keeps trying while
+the coordinator is away or has not admitted this site yet. The firewall need let through one way
+alone: TCP from here to {address}.
 """
 
 
