@@ -105,10 +105,11 @@ def write_sites(data: Path, out: Path, sites: dict[str, Any]) -> list[Path]:
             if not target.exists():
                 write_shard(target, _half(shards[modality], half))
         file = out / name / "site.toml"
-        file.write_text(
-            f"name = '{name}'\nshards = ['data']\nthreads = 1\ndevice = 'cpu'\n"
-            "[policy]\nmin_patients_per_prototype = 5\n"
-        )
+        if not file.exists():
+            file.write_text(
+                f"name = '{name}'\nshards = ['data']\nthreads = 1\ndevice = 'cpu'\n"
+                "[policy]\nmin_patients_per_prototype = 5\n"
+            )
         files.append(file)
     return files
 
@@ -235,8 +236,10 @@ class Grid(InProcessGrid):
 
 def judge_nothing(
     reply: Message, *, round_number: int, **_: Any
-) -> tuple[SiteUpdate, dict[str, Any]]:
+) -> tuple[SiteUpdate | None, dict[str, Any]]:
     """Take what comes: averaging without admission."""
+    if reply.has_error():  # an honest site that was sent a broken model
+        return None, {"outcome": "error", "reason": reply.error.reason}
     arrays = {n: a.numpy() for n, a in reply.content["arrays"].items()}
     metrics = dict(reply.content["metrics"])
     counts = {n.partition("/")[2]: v for n, v in metrics.items() if n.startswith("num_examples/")}
