@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 from core.checkpoint import commit_directory, write_atomically
@@ -37,8 +39,37 @@ Put the study's recipe here as `recipe.toml`, open `site.toml` and set the site'
     fedmermed-site join site.toml
 
 `check` says for every red line what to do. `join` runs until it is stopped, and keeps trying while
-the coordinator is away or has not admitted this site yet. The firewall need let through one way
-alone: TCP from here to {address}.
+the coordinator is away or has not admitted this site yet.
+
+The same in containers, with Docker, its compose plugin (2.24 or newer), for a GPU NVIDIA's
+container toolkit, and the image `fedmermed-site`. What is in `data` must be readable for user 10001.
+
+    sudo chown 10001:10001 site.key
+    docker compose run --rm check
+    docker compose up --detach --wait
+
+`.env` says what may be set, a machine without a GPU among it; `ARCHIVE=/archive/export docker
+compose run --rm prepare` prepares, `docker compose exec trainer fedmermed-site audit
+/site/site.toml` shows what came and left, and `docker compose down` stops.
+
+Either way the firewall need let through one way alone: TCP from here to {address}.
+"""
+
+COMPOSE_ENV = """# What `docker compose` reads by itself in this directory; docker-compose.yml lists all that may stand here.
+COMPOSE_PROJECT_NAME=fedmermed-{project}
+COMPOSE_PROFILES=site
+KIT=.
+DATA=./data
+# Without a GPU, remove the '#':
+# COMPOSE_FILE=docker-compose.yml:cpu.yml
+"""
+
+COMPOSE_CPU = """# Takes the GPU out of docker-compose.yml.
+services:
+  trainer:
+    deploy: !reset null
+  check:
+    deploy: !reset null
 """
 
 
@@ -58,5 +89,15 @@ def make_kit(kit: Path, address: str, authority: bytes, key: Key) -> None:
     write_atomically(aside / "ca.crt", authority)
     write_atomically(aside / "site.key", private_ssh(key), mode=0o600)
     write_atomically(aside / "site.toml", site_file.encode())
+    project = re.sub("[^a-z0-9_-]", "-", kit.name.lower())  # all that compose takes
+    write_atomically(aside / "docker-compose.yml", compose_file().read_bytes())
+    write_atomically(aside / ".env", COMPOSE_ENV.format(project=project).encode())
+    write_atomically(aside / "cpu.yml", COMPOSE_CPU.encode())
     write_atomically(aside / "README.md", README.format(name=kit.name, address=address).encode())
     commit_directory(aside, kit)
+
+
+def compose_file() -> Path:
+    """The project's docker-compose.yml: in the checkout, or as installed."""
+    checkout = Path(__file__).resolve().parents[1] / "docker-compose.yml"
+    return checkout if checkout.exists() else Path(sys.prefix, "share/fedmermed", checkout.name)
