@@ -10,8 +10,8 @@ ARG BASE=python:3.11-slim
 
 # What both are built with; lent to their steps below, and in neither image.
 FROM ${BASE} AS tools
-COPY constraints.txt .
-RUN pip install --no-cache-dir --constraint constraints.txt --target /opt/uv uv
+COPY constraints.txt /tmp/
+RUN pip install --no-cache-dir --constraint /tmp/constraints.txt --target /opt/uv uv
 
 # A user of its own, whose number a host's files can be given to; directories for the volumes.
 FROM ${BASE} AS runtime

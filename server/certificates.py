@@ -29,7 +29,7 @@ Key = ec.EllipticCurvePrivateKey
 CA_DAYS: Final = 3650
 CLOCK_SLACK: Final = dt.timedelta(hours=1)
 """A site's clock may be behind: certificates are valid from this long ago."""
-LOCAL: Final = ("localhost", "127.0.0.1")
+LOCAL: Final = ("localhost", "127.0.0.1", "superlink")
 """The coordinator's own commands reach the SuperLink by these."""
 
 

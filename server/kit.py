@@ -42,20 +42,22 @@ Put the study's recipe here as `recipe.toml`, open `site.toml` and set the site'
 the coordinator is away or has not admitted this site yet.
 
 The same in containers, with Docker, its compose plugin (2.24 or newer), for a GPU NVIDIA's
-container toolkit, and the image `fedmermed-site`. What is in `data` must be readable for user 10001.
+container toolkit, and the image `fedmermed-site`. User 10001 must be able to read what is in
+`data`.
 
     sudo chown 10001:10001 site.key
     docker compose run --rm check
     docker compose up --detach --wait
 
-`.env` says what may be set, a machine without a GPU among it; `ARCHIVE=/archive/export docker
-compose run --rm prepare` prepares, `docker compose exec trainer fedmermed-site audit
+`.env` says what may be set, a machine without a GPU among it. `ARCHIVE=/archive/export docker
+compose run --rm prepare` prepares an archive, `docker compose exec trainer fedmermed-site audit
 /site/site.toml` shows what came and left, and `docker compose down` stops.
 
 Either way the firewall need let through one way alone: TCP from here to {address}.
 """
 
-COMPOSE_ENV = """# What `docker compose` reads by itself in this directory; docker-compose.yml lists all that may stand here.
+COMPOSE_ENV = """\
+# `docker compose` reads this file by itself; docker-compose.yml lists all that may stand here.
 COMPOSE_PROJECT_NAME=fedmermed-{project}
 COMPOSE_PROFILES=site
 KIT=.
@@ -64,7 +66,8 @@ DATA=./data
 # COMPOSE_FILE=docker-compose.yml:cpu.yml
 """
 
-COMPOSE_CPU = """# Takes the GPU out of docker-compose.yml.
+COMPOSE_CPU = """\
+# Takes the GPU out of docker-compose.yml.
 services:
   trainer:
     deploy: !reset null
