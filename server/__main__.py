@@ -165,6 +165,13 @@ def serve(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where that part finds the SuperLink."),
     ] = None,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What the parts 'superlink' and 'apps' share; none: superexec.secret in DIR.",
+        ),
+    ] = None,
 ) -> None:
     """Run the coordinator's service: SuperLink, starter of studies, and the gateway for sites."""
     from server.serve import open_service, run_part
@@ -176,7 +183,7 @@ def serve(
         check_address(address)
     parts = list(PartName) if part is None else [part]
     service = open_service(
-        directory, parts, listen=listen, host=host, port=port, superlink=superlink
+        directory, parts, listen=listen, host=host, port=port, superlink=superlink, secret=secret
     )
     if part is None:
         run(service)

@@ -47,6 +47,8 @@ class Service:
     """A coordinator's directory, and who listens where."""
 
     directory: Path
+    secret: Path
+    """A file that the SuperLink and the starter of ServerApps share."""
     listen: str
     """The gateway's public address, host:port."""
     host: str = "127.0.0.1"
@@ -68,7 +70,7 @@ class Service:
                 self._file("server.crt"),
             ),
             *("--ssl-keyfile", self._file("server.key"), "--enable-supernode-auth"),
-            *("--superexec-auth-secret-file", self._file("superexec.secret")),
+            *("--superexec-auth-secret-file", str(self.secret)),
             *(
                 "--database",
                 self._file("superlink.db"),
@@ -83,7 +85,7 @@ class Service:
             *_module("server.superexec"),
             *("--runtime-api-address", self.superlink),
             *("--root-certificates", self._file("ca.crt")),
-            *("--superexec-auth-secret-file", self._file("superexec.secret")),
+            *("--superexec-auth-secret-file", str(self.secret)),
         ]
         return self._part(PartName.APPS, command)
 
@@ -117,6 +119,7 @@ def open_service(
     host: str = "127.0.0.1",
     port: int = 8000,
     superlink: str | None = None,
+    secret: Path | None = None,
 ) -> Service:
     """Check a coordinator's directory and make the secret of its parts.
 
@@ -127,11 +130,13 @@ def open_service(
         host: Where the SuperLink listens.
         port: The SuperLink's port.
         superlink: Where the other parts find the SuperLink; none: the loopback.
+        secret: The file of the parts' secret; none: superexec.secret in the directory.
 
     Raises:
         UserError: it is not provisioned.
     """
     directory = directory.absolute()
+    secret = (secret or directory / "superexec.secret").absolute()
     needed = [name for part in parts for name in NEEDED[part]]
     if missing := [name for name in needed if not (directory / name).exists()]:
         raise UserError(
@@ -142,8 +147,8 @@ def open_service(
         address = str(read_json(directory / "provision.json")["address"])
         listen = f"0.0.0.0:{split_address(address)[1]}"
     if set(parts) != {PartName.GATEWAY}:
-        _make_secret(directory / "superexec.secret")
-    return Service(directory, listen or "", host, port, superlink or f"127.0.0.1:{port}")
+        _make_secret(secret)
+    return Service(directory, secret, listen or "", host, port, superlink or f"127.0.0.1:{port}")
 
 
 def serve(service: Service) -> None:
