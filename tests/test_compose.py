@@ -22,6 +22,7 @@ NETWORKS = {
     "check": {"outside"},
     "prepare": set(),
     "init": set(),
+    "export": set(),
     **{f"supernode-{name}": {"front", f"inside-{name}"} for name in LOCAL},
     **{f"trainer-{name}": {f"inside-{name}"} for name in LOCAL},
 }
@@ -30,7 +31,7 @@ PROFILES = {
     "site": {"supernode", "trainer"},
     "local": {"superlink", "apps", "gateway"}
     | {f"{part}-{name}" for part in ("supernode", "trainer") for name in LOCAL},
-    "tools": {"prepare", "check", "init"},
+    "tools": {"prepare", "check", "init", "export"},
 }
 KEYS = {
     *("user", "read_only", "cap_drop", "security_opt", "tmpfs", "pids_limit", "init", "restart"),
