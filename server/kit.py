@@ -42,10 +42,10 @@ Put the study's recipe here as `recipe.toml`, open `site.toml` and set the site'
 the coordinator is away or has not admitted this site yet.
 
 The same in containers, with Docker, its compose plugin (2.24 or newer), for a GPU NVIDIA's
-container toolkit, and the image `fedmermed-site`. User 10001 must be able to read what is in
-`data`.
+container toolkit, and the image `fedmermed-site`. The containers' user has the number 10001; it
+must be able to read `site.key` and `data`, and `prepare` to write there.
 
-    sudo chown 10001:10001 site.key
+    sudo chown 10001:10001 site.key && sudo install --directory --owner 10001 data
     docker compose run --rm check
     docker compose up --detach --wait
 
