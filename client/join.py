@@ -2,14 +2,14 @@
 
 import datetime as dt
 import fcntl
+import json
 import os
 import shlex
 import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -31,7 +31,7 @@ from client.parts import (
     trainer_words,
 )
 from client.site import SiteConfig, load_site
-from client.supervisor import Program, supervise
+from client.supervisor import Program
 from core.errors import UserError
 
 MEANINGS: Final = {
@@ -52,8 +52,8 @@ MEANINGS: Final = {
 """What the SuperNode prints -> what it means."""
 
 
-def join(site_file: Path, meet: Meeting, part: str | None = None, parent: int = 0) -> None:
-    """Keep both parts of a site running until stopped, or become one of them.
+def join(site_file: Path, meet: Meeting, part: str | None = None, parent: int = 0) -> NoReturn:
+    """Become what keeps both parts of a site running until stopped, or one of them.
 
     Args:
         site_file: The site's file.
@@ -79,30 +79,45 @@ def join(site_file: Path, meet: Meeting, part: str | None = None, parent: int = 
     check_kit(site_file, site)
     program("flower-supernode")
     make_state_directory(site)
-    environment = supernode_environment(site, os.environ)
-    with _alone(site):
-        same = [*(sys.executable, "-P", "-m", "client", "join", str(site_file.absolute()))]
-        same += ["--host", meet.host, "--port", str(meet.port), "--runtime", meet.runtime]
-        same += ["--secret", str(meet.secret.absolute()), "--parent", str(os.getpid()), "--part"]
-        parts = (
-            Program("supernode", [*same, "supernode"], MEANINGS),
-            Program("trainer", [*same, "trainer"]),
-        )
-        supervise(parts, environment)
+    hold_alone(site)
+    same = [*(sys.executable, "-P", "-m", "client", "join", str(site_file.absolute()))]
+    same += ["--host", meet.host, "--port", str(meet.port), "--runtime", meet.runtime]
+    same += ["--secret", str(meet.secret.absolute()), "--parent", str(os.getpid()), "--part"]
+    parts = [
+        Program("supernode", [*same, "supernode"], MEANINGS),
+        Program("trainer", [*same, "trainer"]),
+    ]
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        "client.supervisor",
+        json.dumps([asdict(p) for p in parts]),
+    ]
+    become(words, supernode_environment(site, os.environ))
 
 
-@contextmanager
-def _alone(site: SiteConfig) -> Iterator[None]:
-    """Hold that no other `join` runs for this site; a killed one does not count."""
-    with open(site.state_path / "join.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"site '{site.name}' has joined already, by another process that holds "
-                f"'{file.name}'; stop that one first"
-            ) from None
-        yield
+def hold_alone(site: SiteConfig) -> int:
+    """Hold that no other `join` runs for this site; a killed one does not count.
+
+    Returns:
+        The descriptor that stands for it until this process ends, whatever it becomes.
+
+    Raises:
+        UserError: another runs.
+    """
+    path = site.state_path / "join.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(
+            f"site '{site.name}' has joined already, by another process that holds '{path}'; stop "
+            "that one first"
+        ) from None
+    os.set_inheritable(lock, True)
+    return lock
 
 
 def check_kit(site_file: Path, site: SiteConfig) -> dict[str, str]:

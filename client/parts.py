@@ -85,7 +85,7 @@ def program(name: str) -> Path:
     return found
 
 
-def become(words: list[str], environment: Mapping[str, str], parent: int) -> NoReturn:
+def become(words: list[str], environment: Mapping[str, str], parent: int = 0) -> NoReturn:
     """Turn this process into a program.
 
     Args:

@@ -1,4 +1,5 @@
 import datetime as dt
+import json
 import os
 import sys
 import threading
@@ -7,8 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from client import join as module
-from client.join import check_kit, join
+from client.join import check_kit, hold_alone, join
 from client.parts import Meeting, await_secret, make_secret
 from client.site import load_site
 from core.errors import UserError
@@ -118,12 +118,28 @@ def test_a_secret_that_others_may_read_is_refused(kit):
             use(secret)
 
 
-def test_a_second_join_of_a_site_is_refused_while_the_first_runs(kit, monkeypatch):
-    monkeypatch.setattr(module, "supervise", lambda *_: join(kit / "site.toml", meeting(kit)))
+def test_join_becomes_a_light_supervisor_of_both_parts(kit, started):
+    with pytest.raises(SystemExit):
+        join(kit / "site.toml", meeting(kit))
+    [(program, words, environment)] = started
+    assert (program, words[1:4]) == (sys.executable, ["-P", "-m", "client.supervisor"])
+    supernode, trainer = json.loads(words[4])
+    for part, name in ((supernode, "supernode"), (trainer, "trainer")):
+        assert part["name"] == option(part["words"], "--part") == name
+        assert option(part["words"], "--parent") == str(os.getpid())
+        assert option(part["words"], "--port") == "9123"
+        assert part["words"][5] == str(kit / "site.toml")
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_a_second_join_of_a_site_is_refused_while_the_first_runs(kit):
+    (kit / "state").mkdir()
+    lock = hold_alone(load_site(kit / "site.toml"))
+    assert os.get_inheritable(lock)  # it outlasts the exec
     with pytest.raises(UserError, match=r"site 'st-mary' has joined already"):
         join(kit / "site.toml", meeting(kit))
-    monkeypatch.setattr(module, "supervise", lambda *_: None)
-    join(kit / "site.toml", meeting(kit))  # and not once it has ended
+    os.close(lock)
+    os.close(hold_alone(load_site(kit / "site.toml")))
 
 
 @pytest.mark.parametrize("key", ["superlink", "root_certificates", "private_key"])
