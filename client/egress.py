@@ -10,8 +10,8 @@ just before it leaves, and knows nothing of how it was made.
       teachers.
     - Prototypes are there only if the policy sends them, of allowed modalities, at most as many and
       as long as the recipe says, and each of at least the stricter minimum of patients.
-    - Metrics are numbers whose names are on the closed list; if the policy sends none, numbers of
-      images alone. Numbers of images are of allowed modalities.
+    - Metrics are numbers whose names are on the closed list; if the policy sends none, round and
+      numbers of images alone. Numbers of images are of allowed modalities.
     - An evaluation's figures are there only if the policy sends metrics, of allowed modalities;
       score histograms only if it sends those, with no count below the patients it asks for but
       0. Notes are short lines of printable text.
@@ -34,6 +34,7 @@ from core.wire import (
     HISTOGRAM,
     NUM_EXAMPLES,
     PROTOTYPES,
+    ROUND,
     SIDES,
     TEACHER,
     Prototypes,
@@ -90,8 +91,8 @@ def hold_training(policy: Policy, recipe: Recipe, sent: Arrays, content: RecordD
     for name, value in metrics.items():
         _check(metric_is_declared(name) and _is_number(value), "a metric's name or type")
         modality = name.partition("/")[2]
-        counts = name.startswith(NUM_EXAMPLES)
-        _check(counts or policy.send_metrics, "a metric, as the policy sends none")
+        needed = name == ROUND or name.startswith(NUM_EXAMPLES)
+        _check(needed or policy.send_metrics, "a metric, as the policy sends none")
         _check(not modality or modality in policy.allowed_modalities, "a metric's modality")
     return content
 

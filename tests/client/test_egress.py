@@ -22,7 +22,9 @@ def training(**changes):
         "prototypes/ct": np.ones((2, 16), np.float32),
         "prototype_counts/ct": np.array([10, 12], np.float32),
     } | changes.pop("arrays", {})
-    metrics = {"num_examples/ct": 20, "loss/ct": 0.5, "rankme": 3} | changes.pop("metrics", {})
+    metrics = {"round": 1, "num_examples/ct": 20, "loss/ct": 0.5, "rankme": 3} | changes.pop(
+        "metrics", {}
+    )
     kept = {name: Array(array) for name, array in arrays.items() if array is not None}
     records = {"arrays": ArrayRecord(kept), "metrics": MetricRecord(metrics)} | changes
     return RecordDict(records)
@@ -99,6 +101,7 @@ def test_what_the_policy_does_not_send_is_held_back(policy, part, recipe):
 
 def test_cut_leaves_out_prototypes_of_too_few_patients(make_recipe):
     update = SiteUpdate(
+        round_number=1,
         student={},
         teacher={"w": np.ones(1)},
         prototypes=Prototypes(
