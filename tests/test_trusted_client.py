@@ -93,11 +93,14 @@ def running(log, words, *, home, ready):
 
 @pytest.fixture
 def study(tmp_path):
-    """A coordinator with one admitted site that has joined; returns directory and site file."""
+    """A SuperLink of Flower's own, and one site that has joined; returns directory, site file."""
     directory, port = tmp_path / "study", free_port()
-    lines = list(provision(directory, address=f"localhost:{port}", sites=["st-mary"]))
-    config = directory / "flower" / "config.toml"
-    config.write_text(config.read_text().replace("8000", str(port)))
+    list(provision(directory, address=f"localhost:{port}", sites=["st-mary"]))
+    (directory / "flower").mkdir(exist_ok=True)
+    (directory / "flower" / "config.toml").write_text(
+        f'[superlink.fedmermed]\naddress = "127.0.0.1:{port}"\n'
+        f'root-certificates = "{directory / "ca.crt"}"\n'
+    )
     superlink = [
         BIN / "flower-superlink", "--host", "127.0.0.1", "--port", port,
         "--ssl-ca-certfile", directory / "ca.crt", "--ssl-certfile", directory / "server.crt",
@@ -108,8 +111,9 @@ def study(tmp_path):
     join = [sys.executable, "-m", "client", "join", site, "--port", free_port()]
     home, state = directory / "flower", site / "state" / "flower"
     with running(tmp_path / "superlink.log", superlink, home=home, ready="Uvicorn running"):
-        [line] = [line for line in lines if " register " in line and "FLWR_HOME=" in line]
-        subprocess.run(["sh", "-c", line], env=environment(home), check=True, capture_output=True)
+        key = directory / "sites" / "st-mary.pub"
+        words = [BIN / "flwr", "supernode", "register", key, "fedmermed"]
+        subprocess.run(words, env=environment(home), check=True, capture_output=True)
         with running(
             log := tmp_path / "site.log", join, home=state, ready="connected to the coord"
         ):
