@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.app import CLIENT_APP_ERROR, app, respond
 from client.chain import append, read
+from client.policy import PolicyRefusal
 from core.wire import NOT_NOW, metric_is_declared
 from server.grid import FIRST_NODE_ID, InProcessGrid
 from server.study import initial_state
@@ -130,6 +131,20 @@ def test_a_stored_reply_is_refused_if_the_policy_of_now_forbids_it(
     reply = ask(file, lambda: train_message(recipe))
     assert reply.error.code == CLIENT_APP_ERROR
     assert reason in reply.error.reason
+
+
+@pytest.mark.parametrize("kind", ["query", "training"])
+def test_every_reply_passes_the_last_gate_before_it_leaves(kind, make_sites, recipe, monkeypatch):
+    (file,) = make_sites({"st-mary": ["ct"]})
+
+    def hold(*_):
+        raise PolicyRefusal("held back")
+
+    monkeypatch.setattr(f"client.app.hold_{kind}", hold)
+    make = {"query": lambda: simple_message("query"), "training": lambda: train_message(recipe)}
+    reply = ask(file, make[kind])
+    assert reply.error.reason == "held back"
+    assert audit(file)[-1]["decision"] == "not done: held back"
 
 
 def simple_message(kind):

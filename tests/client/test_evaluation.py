@@ -8,12 +8,13 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.app import app
+from client.policy import PolicyRefusal
 from core.evaluate import evaluate_knn, evaluate_probe, labelled_tasks
 from core.evaluation.shared_probe import probe_arrays, read_probes
 from core.export import load_model
 from core.phantoms import make_phantoms
 from core.shards import open_shard, write_shard
-from core.wire import EVALUATION_COUNTS, MEASURES, METHODS, SIDES
+from core.wire import EVALUATION_COUNTS, MEASURES, METHODS, SIDES, EvaluationReply
 from server.evaluation import make_request
 from server.grid import FIRST_NODE_ID, InProcessGrid
 
@@ -261,3 +262,14 @@ def test_probes_survive_the_wire(shared):
     again = probe_arrays(probes)
     assert set(probes) == {"us", "cxr"}
     assert all(np.array_equal(arrays[name], again[name]) for name in again)
+
+
+def test_every_evaluation_passes_the_last_gate_before_it_leaves(make_sites, alone, monkeypatch):
+    (file,) = make_sites({"st-mary": ["cxr"]}, policy=SMALL)
+
+    def hold(*_):
+        raise PolicyRefusal("held back")
+
+    monkeypatch.setattr("client.app.hold_evaluation", hold)
+    monkeypatch.setattr("client.evaluation.measure", lambda *_: EvaluationReply({}, {}, {}))
+    assert ask(file, alone).error.reason == "held back"
