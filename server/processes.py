@@ -5,6 +5,7 @@ site joins with its own key over TLS through the gateway, and the study runs on 
 """
 
 import json
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -77,4 +78,5 @@ def _site(place: Path, name: str, file: Path) -> Part:
     """What a hospital runs."""
     command = [sys.executable, "-m", "client", "join", str(file), "--port", str(free_port())]
     home = environment(file.absolute().parent / "flower")
-    return Part(f"site {name}", command, home, place / "logs" / f"site-{name}.log")
+    log = place / "logs" / f"site-{name}.log"
+    return Part(f"site {name}", command, home, log, last_word=signal.SIGTERM)

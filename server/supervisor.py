@@ -26,10 +26,10 @@ BAD_INPUT = 2
 TETHER = """\
 import ctypes, os, sys
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)              # PR_SET_PDEATHSIG, SIGKILL; it outlives exec
-    if os.getppid() != int(sys.argv[1]):       # the parent died before that
+    ctypes.CDLL(None).prctl(1, int(sys.argv[2]))   # PR_SET_PDEATHSIG; it outlives exec
+    if os.getppid() != int(sys.argv[1]):           # the parent died before that
         sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -44,6 +44,8 @@ class Part:
     """What it prints goes here; also why it ended, if it knows."""
     serves: bool = False
     """Whether others need it to take their leave."""
+    last_word: signal.Signals = signal.SIGKILL
+    """What it gets when this process dies: SIGTERM, if it has processes of its own to stop."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Supervisor:
         A part that ends is started again: at once if it was steady, else after a wait that grows
         to `MAX_WAIT_SECONDS`.
         A part that ends with status 2 has refused its input: `check` raises its last line.
-        When this process dies, by SIGKILL too, its parts die with it (Linux).
+        When this process dies, by SIGKILL too, its parts are sent their last word (Linux).
         No log grows beyond `MAX_LOG_BYTES` and its predecessor.
     """
 
@@ -141,7 +143,7 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 def _spawn(part: Part) -> subprocess.Popen[bytes]:
     part.log.parent.mkdir(parents=True, exist_ok=True)
-    tether = [sys.executable, "-IS", "-c", TETHER, str(os.getpid())]
+    tether = [sys.executable, "-IS", "-c", TETHER, str(os.getpid()), str(int(part.last_word))]
     with open(part.log, "ab") as log:
         return subprocess.Popen(
             [*tether, *part.command],

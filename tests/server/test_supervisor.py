@@ -110,15 +110,16 @@ def test_a_part_that_does_not_listen_to_sigterm_is_killed_with_its_children(tmp_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for it")
-def test_parts_die_with_a_supervisor_that_is_killed(tmp_path):
+@pytest.mark.parametrize("last_word", ["SIGKILL", "SIGTERM"])
+def test_parts_die_with_a_supervisor_that_is_killed(tmp_path, last_word):
     program = f"""
 import time
 from pathlib import Path
 from server.supervisor import Part, Supervisor
-import os, sys
+import os, signal, sys
 with Supervisor() as watched:
     watched.start(Part("part", [sys.executable, "-c", {SAY_PID!r}], dict(os.environ),
-                       Path({str(tmp_path / "part.log")!r})))
+                       Path({str(tmp_path / "part.log")!r}), last_word=signal.{last_word}))
     time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", program])
