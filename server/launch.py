@@ -103,8 +103,7 @@ def follow(
         for line in read_history(run_dir)[watch.told :]:
             watch.told, watch.tries = line["round"], 0
             LOG.info("%s", describe_round(line, rounds), extra={"line": line})
-        alive = held(run_dir)
-        if alive:
+        if held(run_dir / "lock"):
             watch.seen()
         elif watch.told >= rounds:
             return
@@ -115,13 +114,14 @@ def follow(
         time.sleep(POLL_SECONDS)
 
 
-def held(run_dir: Path) -> bool:
-    """Whether a ServerApp works on a run directory."""
-    with open(run_dir / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+def held(lock: Path) -> bool:
+    """Whether a process holds a lock file: RUN/lock, as long as a ServerApp works on RUN."""
+    if lock.exists():
+        with open(lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
     return False
 
 

@@ -8,18 +8,22 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from core.checkpoint import write_atomically
 from server.admit import admit
 from server.control import control
-from server.launch import follow
+from server.launch import follow, held
 from server.provision import provision
 from server.serve import environment, open_service
 from server.supervisor import Part, Supervisor, stopped_by_sigterm
 
 START_SECONDS = 120.0
+LEAVE_SECONDS = 40.0
 MARK = "\n# From here on: written anew by every simulation.\n"
 
 
@@ -50,6 +54,7 @@ def run_processes(run_dir: Path, site_files: Sequence[Path]) -> None:
                 pass
             for name, file in sites.items():
                 _connect(file, address, place, name)
+                _await_leave(file, supervisor.check)
                 supervisor.start(_site(place, name, file))
             follow(calls, run_dir, len(sites), tend=supervisor.check)
 
@@ -72,6 +77,16 @@ def _connect(file: Path, address: str, place: Path, name: str) -> None:
     section = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
     text = file.read_text(encoding="utf-8").partition(MARK)[0]
     write_atomically(file, f"{text}{MARK}[coordinator]\n{section}".encode())
+
+
+def _await_leave(file: Path, tend: Callable[[], None]) -> None:
+    """Let a site that a killed simulation left behind stop its processes; it holds its state."""
+    with suppress(ValueError):  # `join` tells what is wrong with a site file
+        state = tomllib.loads(file.read_text(encoding="utf-8")).get("state_dir", "state")
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while held(file.parent / str(state) / "join.lock") and time.monotonic() < deadline:
+            tend()
+            time.sleep(0.3)
 
 
 def _site(place: Path, name: str, file: Path) -> Part:

@@ -184,10 +184,10 @@ def _lives(pid):
 
 def test_a_study_is_held_as_long_as_its_server_app_lives(tmp_path, recipe):
     run = open_run(tmp_path / "run", recipe)
-    assert not held(run.path)
+    assert not held(run.path / "lock")
     with run.locked():
-        assert held(run.path)
-    assert not held(run.path)
+        assert held(run.path / "lock")
+    assert not held(run.path / "lock")
 
 
 def test_looking_whether_a_run_is_held_does_not_keep_a_server_app_out(tmp_path, recipe):
@@ -196,7 +196,7 @@ def test_looking_whether_a_run_is_held_does_not_keep_a_server_app_out(tmp_path, 
 
     def look():
         while not stop.is_set():
-            held(run.path)
+            held(run.path / "lock")
 
     watcher = threading.Thread(target=look)
     watcher.start()
