@@ -1,6 +1,6 @@
 """Peak memory of the coordinator's process as a multiple of the state, for few and for many sites.
 
-    python benchmarks/server_memory.py --parameters 100 --sites 10 50
+    python benchmarks/server_memory.py --parameters 100 --sites 10 50 [--transport delta16]
 
 The process is the real one: `run_study` on Flower's HttpGrid, which takes messages apart and puts
 them together as in a hospital network. Only what lies behind its HTTP client is played: another
@@ -50,6 +50,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from core.checkpoint import Arrays, load_arrays, read_json
 from core.config import recipe_from_json
+from core.transport import Transport, pack_state, pack_update, unpack_state
 from core.wire import GlobalState
 from server.history import open_run, read_history, read_recipe
 from server.study import run_study
@@ -126,7 +127,8 @@ def play_sites(server: Connection, home: Path, blocks: int) -> None:
     """Write the initial state; then answer each message by objects in a folder."""
     task()
     rng = np.random.default_rng(0)
-    run = open_run(home / "run", read_recipe(home / "recipe.json"))
+    recipe = read_recipe(home / "recipe.json")
+    run = open_run(home / "run", recipe)
     run.load(lambda: GlobalState(student=network(blocks, rng), teacher=network(blocks, rng)))
     arrays, _ = load_arrays(run.checkpoint_path(0))
     (home / "objects").mkdir()
@@ -134,7 +136,9 @@ def play_sites(server: Connection, home: Path, blocks: int) -> None:
     while (question := server.recv()) is not None:
         message = message_from_proto(MessageProto.FromString(question))
         number = message.metadata.dst_node_id - FIRST_NODE_ID
-        reply = Message(answer(message, arrays, number), reply_to=message)
+        reply = Message(
+            answer(message, arrays, number, recipe.federation.transport), reply_to=message
+        )
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             for name, part in get_all_nested_objects(reply).items():
@@ -146,12 +150,15 @@ def play_sites(server: Connection, home: Path, blocks: int) -> None:
         server.send(whole.SerializeToString())
 
 
-def answer(message: Message, arrays: Arrays, number: int) -> RecordDict:
+def answer(message: Message, arrays: Arrays, number: int, transport: Transport) -> RecordDict:
     """The state a little larger, and prototypes of three modalities."""
     if message.metadata.message_type == "query":
         return RecordDict({"info": ConfigRecord({"site": f"site-{number:02d}"})})
     scale = np.float32(1 + number / 1000)
-    record = {name: Array(array * scale) for name, array in arrays.items()}
+    start = unpack_state(pack_state(arrays, transport), transport)
+    update = {name: array * scale for name, array in arrays.items()}
+    packed = pack_update(update, start, transport)
+    record = {name: Array(array) for name, array in packed.items()}
     rows = np.random.default_rng(number).normal(size=(PROTOTYPES, DIM)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     for modality in ("ct", "cxr", "us"):
@@ -162,10 +169,11 @@ def answer(message: Message, arrays: Arrays, number: int) -> RecordDict:
     return RecordDict({"arrays": ArrayRecord(record), "metrics": MetricRecord(metrics)})
 
 
-def measure(home: Path, count: int, blocks: int, rounds: int) -> None:
+def measure(home: Path, count: int, blocks: int, rounds: int, transport: str) -> None:
     """Run the study in this process and write what it took to home/figures.json."""
     task()
-    federation = {"rounds": rounds, "min_sites": count, "prototypes_per_modality": PROTOTYPES}
+    federation = {"rounds": rounds, "min_sites": count, "transport": transport}
+    federation["prototypes_per_modality"] = PROTOTYPES
     memory = {"entries_per_modality": 4096}  # the prototypes' counts sum to less
     model = {"embedding_dim": DIM}
     table = {"name": "memory", "model": model, "memory": memory, "federation": federation}
@@ -200,6 +208,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=100, help="millions, of the state")
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 50])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--transport", choices=["float32", "delta16"], default="float32")
     parser.add_argument("--home", type=Path, help="a directory on a disk with room")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -207,7 +216,7 @@ def main() -> None:
     blocks = max(1, round(options.parameters * 1e6 / 2 / block))
     if options.measure:
         logging.basicConfig(level=logging.WARNING)
-        measure(options.home, options.sites[0], blocks, options.rounds)
+        measure(options.home, options.sites[0], blocks, options.rounds, options.transport)
         return
     state = 2 * blocks * block * 4
     print(f"state: {state / 4e6:.1f} million parameters, {state / 1e6:.0f} MB")
@@ -217,6 +226,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.home) as home:
             command = [sys.executable, __file__, "--measure", "--home", home]
             command += ["--sites", str(count), "--rounds", str(options.rounds)]
+            command += ["--transport", options.transport]
             subprocess.run([*command, "--parameters", str(options.parameters)], check=True)
             it = read_json(Path(home) / "figures.json")
         print(

@@ -13,6 +13,7 @@ is from that of float32, in units of the way which that one went. Resumes after 
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -134,6 +135,7 @@ def print_bytes() -> None:
 
 
 def effect(data: Path, out: Path, seeds: list[int]) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])  # a thread a site: equal bits
     torch.set_num_threads(1)
     paths = {name: path for name, path in prepare(data, out).items() if name in SITES}
     shards = [shard for path in paths.values() for shard in open_site(path)]
