@@ -28,7 +28,7 @@ KINDS = {
     "ServerApp": r"serverapp",
     "SuperLink": r"superlink ",
     "SuperNode": r"supernode ",
-    "ClientApp": r"clientapp",
+    "ClientApp": r"clientapp|client\.launcher",
 }
 """In this order: a SuperNode's command line names its SuperLink too."""
 RECIPE = """\
