@@ -154,7 +154,7 @@ def answer(message: Message, arrays: Arrays, number: int, transport: Transport) 
     """The state a little larger, and prototypes of three modalities."""
     if message.metadata.message_type == "query":
         return RecordDict({"info": ConfigRecord({"site": f"site-{number:02d}"})})
-    scale = np.float32(1 + number / 1000)
+    scale = np.float32(1 + number / 1000 + int(message.metadata.group_id) / 100)
     start = unpack_state(pack_state(arrays, transport), transport)
     update = {name: array * scale for name, array in arrays.items()}
     packed = pack_update(update, start, transport)
