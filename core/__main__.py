@@ -180,9 +180,9 @@ def _run(
     evaluate: Callable[..., dict[str, dict[str, float]]],
 ) -> None:  # fmt: skip
     from rich.console import Console
-    from rich.progress import track
 
     from core.checkpoint import sha256_file, write_json
+    from core.console import counting
     from core.evaluate import check_task, labelled_tasks, mean_over_modalities
     from core.export import load_model
     from core.site_round import resolve_device
@@ -197,8 +197,10 @@ def _run(
     model = load_model(model_path, device)
     console = Console(stderr=True)
     rows: dict[str, dict[str, float]] = {}
-    for task in track(tasks, description=title, console=console, transient=True):
-        rows |= evaluate(model, [task])
+    with counting(console, title, len(tasks), transient=True) as one_done:
+        for task in tasks:
+            rows |= evaluate(model, [task])
+            one_done()
     result: dict[str, Any] = {
         "measure": title,
         "model": str(model_path),

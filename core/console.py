@@ -1,7 +1,8 @@
 """How our command lines speak: one-line errors on standard error, exit status 2."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
@@ -17,6 +18,25 @@ def run_command_line(app: Callable[[], object]) -> None:
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
+
+
+@contextmanager
+def counting(
+    console: Console, description: str, total: int, *, transient: bool = False
+) -> Iterator[Callable[[], None]]:
+    """A progress bar that an exception ends at once, as `rich.progress.track` does not.
+
+    That one lives in a generator: what is raised in its loop leaves it to the garbage collector,
+    which may end it in the middle of another line of the console, and wait there for ever.
+
+    Yields:
+        What to call after each of the `total` things.
+    """
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=transient) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
 
 
 def new_app(help_text: str) -> typer.Typer:

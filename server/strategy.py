@@ -132,7 +132,9 @@ class FederatedMemory(Strategy):
             self._bytes_down += len(sites) * (arrays.count_bytes() + config.count_bytes())
             content, group = RecordDict({"arrays": arrays, "config": config}), str(server_round)
             return [
-                Message(content, node, MessageType.TRAIN, ttl=max(seconds, 1.0), group_id=group)
+                # A moment longer than we wait: what the SuperLink says of one that expired
+                # would take the place of our own plain reason.
+                Message(content, node, MessageType.TRAIN, ttl=seconds + 60.0, group_id=group)
                 for node in sites.values()
             ]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
+from core.console import counting
 from core.errors import UserError
 from core.import_npz import read_npz
 from core.modalities import MODALITIES
@@ -28,8 +28,12 @@ def read_npz_files(
     Raises:
         UserError: a file cannot be read, or they do not go together.
     """
-    bar = track(files, "reading npz files", console=console)
-    return join_shards(name, [read_npz(file, modality) for file in bar])
+    shards = []
+    with counting(console, "reading npz files", len(files)) as one_done:
+        for file in files:
+            shards.append(read_npz(file, modality))
+            one_done()
+    return join_shards(name, shards)
 
 
 def join_shards(name: str, shards: Sequence[Shard]) -> Shard:
