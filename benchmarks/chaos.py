@@ -61,13 +61,13 @@ wait_for_sites_seconds = 900.0
 every_rounds = 0
 """
 KINDS = {
-    "SuperLink": ("server.superlink", "flower-superlink"),
-    "gateway": ("--part gateway", "server.gateway"),
+    "SuperLink": ("server.superlink",),
+    "gateway": ("server.gateway_server",),
     "ServerApp": ("flwr-serverapp",),
-    "ClientApp": ("client.launcher", "flwr-clientapp"),
-    "SuperNode": ("flower-supernode", "client.supernode"),
+    "ClientApp": ("client.launcher",),
+    "SuperNode": ("flower-supernode",),
     "trainer": ("client.trainer",),
-    "server's superexec": ("server.apps", "flower-superexec"),
+    "starter of ServerApps": ("server.superexec",),
     "join": ("client join",),
     "serve": ("server serve",),
     "the command": ("server simulate",),
