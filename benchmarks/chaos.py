@@ -61,6 +61,7 @@ wait_for_sites_seconds = 900.0
 every_rounds = 0
 """
 KINDS = {
+    "join": ("client.supervisor", "client join"),
     "SuperLink": ("server.superlink",),
     "gateway": ("server.gateway_server",),
     "ServerApp": ("flwr-serverapp",),
@@ -68,7 +69,6 @@ KINDS = {
     "SuperNode": ("flower-supernode",),
     "trainer": ("client.trainer",),
     "starter of ServerApps": ("server.superexec",),
-    "join": ("client join",),
     "serve": ("server serve",),
     "the command": ("server simulate",),
 }
