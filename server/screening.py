@@ -27,8 +27,10 @@ from server.robust import bound_updates
 
 LOG = logging.getLogger("fedmermed.server")
 COSINE_LIMIT: Final = -0.15
-"""A site below it pulls against all others, which is worth a look and no proof: what honest sites
-reach is in benchmarks/README.md."""
+"""A site below it pulls against all others. Honest sites do so now and then (figures are in
+benchmarks/README.md): one that does so round after round is worth a look, which is no proof."""
+ROUNDS_AGAINST: Final = 3
+"""Rounds in a row after which a site below the limit is reported."""
 FEWEST_TO_COMPARE: Final = 3
 """Of two updates nobody can tell which is the odd one."""
 
@@ -79,7 +81,12 @@ def screen(
         outcomes[site]["cosine"] = cosine
     outliers: list[Line] = []
     if len(left) >= FEWEST_TO_COMPARE:
-        outliers = [o for site in left for o in _outliers(site, outcomes[site], recipe, median)]
+        before = (
+            lines[len(lines) - ROUNDS_AGAINST + 1 :] if len(lines) >= ROUNDS_AGAINST - 1 else None
+        )
+        for site in left:
+            against = before is not None and all(_against(x["sites"].get(site, {})) for x in before)
+            outliers += _outliers(site, outcomes[site], recipe, median, against=against)
     for outlier in outliers:
         LOG.warning("round %d: %s", len(lines) + 1, outlier["words"])
     if recipe.federation.robust == "norm_bound":
@@ -160,7 +167,16 @@ def _copies(
     return found
 
 
-def _outliers(site: str, outcome: Line, recipe: Recipe, median: float) -> list[Line]:
+def _against(outcome: Line) -> bool:
+    """Whether a site pulled against the others in a round."""
+    cosine = outcome.get("cosine")
+    return cosine is not None and cosine < COSINE_LIMIT
+
+
+def _outliers(
+    site: str, outcome: Line, recipe: Recipe, median: float, *, against: bool
+) -> list[Line]:
+    """What stands out of one site; `against`: it did in the rounds just before."""
     found: list[tuple[str, Any, float, str]] = []
     norm, bound, cosine = outcome["update_norm"], recipe.federation.norm_bound, outcome["cosine"]
     if norm > bound * median:
@@ -168,10 +184,10 @@ def _outliers(site: str, outcome: Line, recipe: Recipe, median: float) -> list[L
         shown = "many" if ratio is None else f"{ratio:.3g}"
         words = f"its update is {shown} times as long as the median site's, more than {bound:g}"
         found.append(("norm_ratio", ratio, bound, words))
-    if cosine is not None and cosine < COSINE_LIMIT:
+    if against and _against(outcome):
         words = (
-            f"its update points against the other sites': cosine {cosine:.2f}, less than "
-            f"{COSINE_LIMIT:g}"
+            f"its update points against the other sites' in round after round: cosine "
+            f"{cosine:.2f}, less than {COSINE_LIMIT:g}"
         )
         found.append(("cosine", cosine, COSINE_LIMIT, words))
     return [

@@ -183,8 +183,9 @@ def test_a_long_update_is_cut_reported_by_name_and_does_little(factor, federate)
 
 
 def test_a_flipped_update_is_reported_by_name(federate, caplog):
-    lines, _ = federate("flipped", scaled(-1), quarantine_after=0)
-    for line in lines:
+    lines, _ = federate("flipped", scaled(-1), quarantine_after=0, rounds=4)
+    assert [len(line["outliers"]) for line in lines] == [0, 0, 1, 1]  # it has to last
+    for line in lines[2:]:
         (outlier,) = line["outliers"]
         assert (outlier["site"], outlier["figure"]) == (HOSTILE, "cosine")
         assert f"round {line['round']}: {outlier['words']}" in caplog.text

@@ -80,7 +80,8 @@ def test_two_servers_cannot_hold_one_run(run):
 
 def test_a_failure_is_left_to_read_and_cleared_when_the_run_goes_on(run, recipe):
     run.fail("round 3: quorum")
-    assert json.loads((run.path / "failure.json").read_text()) == {"reason": "round 3: quorum"}
+    told = json.loads((run.path / "failure.json").read_text())
+    assert told == {"reason": "round 3: quorum", "final": True}
     open_run(run.path, recipe)
     assert not (run.path / "failure.json").exists()
 

@@ -224,7 +224,7 @@ def test_another_address_needs_a_new_certificate(place):
         .extensions.get_extension_for_class(x509.SubjectAlternativeName)
         .value.get_values_for_type(x509.DNSName)
     )
-    assert names == ["new.example.org", "localhost"]
+    assert names == ["new.example.org", "localhost", "superlink"]
     site = load_site(place / "kits" / "c" / "site.toml")
     assert site.coordinator.superlink == "new.example.org:443"
 

@@ -86,20 +86,43 @@ def test_cosines_are_those_with_the_mean_of_the_others(state, tmp_path):
             assert found[site] == pytest.approx(expected, rel=1e-6)
 
 
+def against(rounds):
+    """A history in which site x pulled against the others for so many rounds."""
+    return [{"sites": {"x": {"outcome": "admitted", "cosine": -0.3}}}] * rounds
+
+
 def test_a_flipped_update_is_reported_and_a_long_one_turns_the_mean_against_nobody(recipe, state):
     updates = honest(state)
     for factor in (-1, -1000):
         updates["x"] = update(
             state, factor * (COMMON + 1.5 * np.random.default_rng(5).normal(size=SIZE))
         )
-        screened, outcomes = judge(recipe, state, updates)
+        screened, outcomes = judge(recipe, state, updates, against(2))
         figures = [o["figure"] for o in screened.outliers if o["site"] == "x"]
         assert figures == (["cosine"] if factor == -1 else ["norm_ratio", "cosine"])
         assert len(screened.outliers) == len(figures)
         assert outcomes["x"]["cosine"] < COSINE_LIMIT
         assert min(o["cosine"] for s, o in outcomes.items() if s != "x") > 0.2
-    words = "site 'x': its update points against the other sites': cosine -0."
+    words = "site 'x': its update points against the other sites' in round after round: cosine -0."
     assert screened.outliers[1]["words"].startswith(words)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        against(1),
+        [*against(1), {"sites": {"x": {"outcome": "admitted", "cosine": 0.1}}}],
+        [*against(1), {"sites": {"x": {"outcome": "silent"}}}],
+        [*against(1), {"sites": {}}],
+    ],
+)
+def test_a_direction_is_not_reported_before_it_has_lasted(lines, recipe, state):
+    updates = honest(state)
+    updates["x"] = update(state, -COMMON)
+    screened, outcomes = judge(recipe, state, updates, lines)
+    assert outcomes["x"]["cosine"] < COSINE_LIMIT
+    assert screened.outliers == []
 
 
 def test_a_long_update_is_reported_and_cut_as_the_recipe_says(make_recipe, state):
