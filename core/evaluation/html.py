@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from core.checkpoint import write_atomically
@@ -30,6 +29,7 @@ from core.evaluation.figures_maps import (
     neighbour_strips,
     prototype_strips,
 )
+from core.evaluation.page import page_environment
 from core.evaluation.tables import Results
 from core.evaluation.types import Prediction
 from core.modalities import TITLES
@@ -61,13 +61,10 @@ def write_report(results: Results, predictions: Path, maps: Path, out: Path) -> 
     Raises:
         UserError: one of the npz files is damaged.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=StrictUndefined,
-    )  # fmt: skip
+    environment = page_environment(Path(__file__).parent)
     environment.filters |= {
         "number": words.number, "signed": words.signed, "p_value": words.p_value,
-        "interval": words.as_interval, "span": words.span, "sentence": _sentence,
+        "interval": words.as_interval, "span": words.span,
     }  # fmt: skip
     models = tables.model_names(results)
     looks = {name: look(index) for index, name in enumerate(models)}
@@ -91,10 +88,6 @@ def write_report(results: Results, predictions: Path, maps: Path, out: Path) -> 
         **_spaces(results, _read(maps), looks),
     )
     write_atomically(out, page.encode())
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _read(path: Path) -> Arrays:
