@@ -61,6 +61,21 @@ def export(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (.html); none: report.html in RUN.")
+    ] = None,
+) -> None:
+    """Write the report of a study, one HTML file: curves, sites, incidents, cost, model card."""
+    from server.report import write_report
+
+    file = out or run / "report.html"
+    write_report(run, file)
+    typer.echo(f"{file}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="Exported model, run directory, round file, or recipe.")

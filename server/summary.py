@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ def summarise(
         started = time.monotonic()
         final = _measure(recipe, model, data, _images(lines[-1]))
         evaluation_seconds = time.monotonic() - started
-        loss, ceiling = _series(lines, "loss"), _series(lines, "loss_ceiling")
+        loss, ceiling = series(lines, "loss"), series(lines, "loss_ceiling")
         # A site measures the model that it receives: the one after the round before.
-        auroc = {m: [(r - 1, v) for r, v in s] for m, s in _series(lines, "knn_auroc").items()}
+        auroc = {m: [(r - 1, v) for r, v in s] for m, s in series(lines, "knn_auroc").items()}
         for modality, value in final.items():
             auroc.setdefault(modality, []).append((len(lines), value))
         from server.picture import draw_picture  # matplotlib takes a second to import
@@ -101,7 +101,7 @@ def export_model(run: Path, out: Path) -> tuple[str, int]:
     return export_teacher(read_recipe(run / "recipe.json"), state, out), len(lines)
 
 
-def _series(lines: list[Line], metric: str) -> Series:
+def series(lines: Sequence[Line], metric: str) -> Series:
     """Modality -> (round, value) of one metric, modalities in their fixed order."""
     found: Series = {}
     for modality in TITLES:

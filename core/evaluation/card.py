@@ -62,18 +62,23 @@ def write_card(
 
 
 def model_card(
-    results: Results, *, training: Mapping[str, int] | None = None, privacy: str | None = None
+    results: Results,
+    *,
+    name: str = "FedMerMED model",
+    training: Mapping[str, int] | None = None,
+    privacy: str | None = None,
 ) -> str:
     """The card of the first model in the results.
 
     Args:
         results: the contents of results.json, or {} for a model that was not evaluated.
+        name: of such a model.
         training: modality -> images it was trained on, if known.
         privacy: the guarantee that the study gives, in words; None says that there is none.
     """
     names = tables.model_names(results)
     return CARD.format(
-        name=_plain(names[0]) if names else "FedMerMED model",
+        name=_plain(names[0] if names else name),
         index=_index(results, names[0]) if names else "",
         training=_training(training),
         evaluation=_evaluation(results),
