@@ -76,6 +76,24 @@ def report(
 
 
 @app.command()
+def metrics(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Beyond the loopback, a token is needed.")
+    ] = "127.0.0.1:9109",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Holds what readers show as 'Authorization: Bearer'."),
+    ] = None,
+) -> None:
+    """Serve a study's figures to Prometheus at /metrics, read-only, until stopped."""
+    from server.metrics_server import serve_metrics
+
+    check_address(listen)
+    serve_metrics(run, listen, token_file)
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="Exported model, run directory, round file, or recipe.")
