@@ -94,6 +94,20 @@ def metrics(
 
 
 @app.command()
+def tensorboard(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    logdir: Annotated[Path, typer.Argument(help="What tensorboard --logdir is given.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with new rounds until the study is over.")
+    ] = False,
+) -> None:
+    """Write a study's figures as event files for TensorBoard."""
+    from server.events import write_events
+
+    typer.echo(f"{write_events(run, logdir, follow=follow)}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="Exported model, run directory, round file, or recipe.")
