@@ -55,9 +55,8 @@ def write_events(run: Path, logdir: Path, *, follow: bool = False) -> Path:
         told = 0
         while True:
             lines = read_history(run)
-            told = min(told, len(lines))  # a server that resumes may drop damaged rounds
             _write(writer, lines, told, began)
-            told = len(lines)
+            told = len(lines)  # fewer than before, if damaged rounds were dropped: they come again
             if not follow or told >= rounds:
                 return out
             writer.flush()

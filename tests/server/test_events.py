@@ -53,6 +53,8 @@ def test_tensorboard_reads_figures_by_modality_and_site(make_study, tmp_path):
 def test_writing_again_replaces_what_was_written_and_nothing_else(make_study, tmp_path):
     run = make_study(TWO)
     out = write_events(run, tmp_path / "logs")
+    (ours,) = out.iterdir()
+    ours.rename(out / "events.out.tfevents.1.host.fedmermed")  # of another second
     other = out / "events.out.tfevents.1.somebody-else"
     other.write_bytes(b"")
     write_events(run, tmp_path / "logs")
@@ -78,6 +80,17 @@ def test_following_ends_with_the_last_round_and_writes_each_once(make_study, tmp
     follower.join(20)
     assert not follower.is_alive()
     assert values(opened(tmp_path / "logs" / "run"), "loss/ct") == [(1, 3.99), (2, 3.98), (3, 3.97)]
+
+
+def test_a_round_that_was_dropped_and_done_again_comes_again(make_study, tmp_path, monkeypatch):
+    run = make_study(TWO, rounds=3)
+    file = run / "history.jsonl"
+    first, second, third = file.read_text().splitlines(keepends=True)
+    states = iter([first + second, first, first + second + third])
+    file.write_text(next(states))
+    monkeypatch.setattr("time.sleep", lambda seconds: file.write_text(next(states)))
+    out = write_events(run, tmp_path / "logs", follow=True)
+    assert [step for step, _ in values(opened(out), "loss/ct")] == [1, 2, 2, 3]
 
 
 def test_a_metric_that_is_on_no_list_is_not_written(make_study):
