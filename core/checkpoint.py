@@ -25,28 +25,31 @@ _TYPES = {
 """numpy's names of types -> those of safetensors, in the order in which a file holds them."""
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o666, sync: bool = True) -> None:
     """Replace `path` by `data`: after a crash at any instant it holds the old bytes or the new.
 
     Args:
         path: The file.
         data: Its new bytes.
         mode: Its permissions, less the umask; they hold before the first byte is written.
+        sync: Without it that holds for a killed process and not for a power cut.
     """
-    with _replaced(path, mode) as file:
+    with _replaced(path, mode, sync=sync) as file:
         file.write(data)
 
 
 @contextmanager
-def _replaced(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+def _replaced(path: Path, mode: int = 0o666, *, sync: bool = True) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(aside, path)
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

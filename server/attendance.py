@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from core.config import FederationConfig
 from core.errors import UserError
 from server.history import Line
+from server.live import Live
 from server.roster import Roster
 
 POLL_SECONDS: Final = 1.0
@@ -30,6 +31,7 @@ def wait_for_sites(
     round_number: int,
     last: Mapping[str, Line],
     expected: int,
+    live: Live,
 ) -> dict[str, int]:
     """Wait for the quorum, and for sites that were here a moment ago.
 
@@ -43,6 +45,7 @@ def wait_for_sites(
         round_number: The round, for messages.
         last: Site -> its outcome in the round before.
         expected: As many sites are waited for as long as for the quorum, if they are more.
+        live: Is told who is here.
 
     Returns:
         The sites to ask, site -> node, in name order.
@@ -53,8 +56,14 @@ def wait_for_sites(
     away, began = ("absent", "quarantined"), time.monotonic()
     awaited = {site for site, outcome in last.items() if outcome["outcome"] not in away}
     awaited -= set(roster.quarantined)
+    live.phase(
+        "waiting for sites",
+        seconds=federation.wait_for_sites_seconds,
+        beat_seconds=POLL_SECONDS,
+    )
     while True:
         sites = roster.present(grid)
+        _tell(live, roster, last, sites)
         waited = time.monotonic() - began
         known = len(sites) + len(roster.refused) + len(roster.quarantined)
         enough = len(sites) >= federation.min_sites
@@ -73,6 +82,15 @@ def wait_for_sites(
             "the study resumes"
         )
     return dict(sorted(sites.items()))
+
+
+def _tell(live: Live, roster: Roster, last: Mapping[str, Line], sites: Mapping[str, int]) -> None:
+    """Say who is connected now, of those who are known."""
+    for site, reason in roster.quarantined.items():
+        live.site(site, "quarantined", reason)
+    for site in {*last, *roster.names.values(), *sites} - set(roster.quarantined):
+        live.site(site, "connected" if site in sites else "absent")
+    live.beat()
 
 
 def require_quorum(

@@ -22,6 +22,7 @@ from core.admission import printable
 from core.wire import NOT_NOW
 from server.grid import InProcessGrid
 from server.history import Line
+from server.live import Live
 
 LOG = logging.getLogger("fedmermed.server")
 M_MMAP_THRESHOLD: Final = -3  # malloc.h
@@ -78,10 +79,16 @@ class Exchange:
         ask: Makes messages.
         find: Tells which sites are connected now, site -> node.
         seconds: From the first message to the deadline, after which missing replies are given up.
+        live: Is told of each site that is asked, and whether it is still there.
     """
 
     def __init__(
-        self, grid: Grid, ask: Ask, find: Callable[[], Mapping[str, int]], seconds: float
+        self,
+        grid: Grid,
+        ask: Ask,
+        find: Callable[[], Mapping[str, int]],
+        seconds: float,
+        live: Live,
     ) -> None:
         self.asked: dict[str, str] = {}
         """Id of a message -> the site it went to."""
@@ -89,8 +96,12 @@ class Exchange:
         self._grid = grid
         self._ask = ask
         self._find = find
+        self._live = live
+        self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self._waiting: list[str] = []
+        self._nodes: dict[str, int] = {}
+        """Site -> the node that was asked last."""
         self._due: dict[str, tuple[float, Message | None]] = {}
         """Site -> when it may be asked again, and the failed reply that counts if it is not."""
         self._in_process = isinstance(grid, InProcessGrid)
@@ -103,8 +114,10 @@ class Exchange:
         """
         if not self._in_process:
             _give_freed_memory_back()
-        self._send(sites)
         pause = getattr(self._grid, "pull_interval", PULL_SECONDS)
+        beat = None if self._in_process else pause
+        self._live.phase("training", seconds=self._seconds, beat_seconds=beat)
+        self._send(sites)
         while self._waiting or self._due:
             for number in list(self._waiting):
                 replies = list(self._grid.pull_messages([number]))
@@ -118,6 +131,7 @@ class Exchange:
             if time.monotonic() >= self._deadline:
                 break
             self._send_again()
+            self._look()
             if not self._in_process and (self._waiting or self._due):
                 time.sleep(max(0.0, min(pause, self._deadline - time.monotonic())))
         yield from (reply for _, reply in self._due.values() if reply is not None)
@@ -128,11 +142,23 @@ class Exchange:
         for site, number in zip(sites, numbers or [""] * len(sites), strict=True):
             record = self.sites.setdefault(site, Asked())
             record.times, record.since = record.times + 1, now
+            self._nodes[site] = sites[site]
+            self._live.site(site, "asked", "".join(record.failures[-1:]))
             if number:
                 self.asked[number] = site
                 self._waiting.append(number)
             elif self._may_fail_again(record, "the message could not be handed to the SuperLink"):
                 self._due[site] = (now + AGAIN_SECONDS, None)
+
+    def _look(self) -> None:
+        """Tell which of the sites that owe an answer are still connected."""
+        if not self._in_process:
+            online = set(self._grid.get_node_ids())
+            for site in {self.asked[number] for number in self._waiting}:
+                here = self._nodes[site] in online
+                reason = "".join(self.sites[site].failures[-1:])
+                self._live.site(site, "asked" if here else "lost", reason)
+        self._live.beat()
 
     def _send_again(self) -> None:
         now = time.monotonic()
@@ -167,6 +193,7 @@ class Exchange:
         else:
             return False
         LOG.warning("site '%s': %s; it will be asked again", site, reason)
+        self._live.site(site, "asked again", reason)
         self._due[site] = (now + pause, reply)
         return True
 

@@ -9,6 +9,7 @@ RUN/failure.json               why the last run stopped, if it did
 RUN/quarantine.json            which sites are not asked, and why (server/quarantine.py)
 RUN/run.json                   which of Flower's runs works on it, if it was submitted to one
 RUN/lock                       held by the server that works on it
+RUN/live.json                  what happens now: phase, deadline, a state a site (server/live.py)
 and, while a round runs, a file without a name with the updates that were admitted (server/spool.py)
 A round is done when its line and its intact checkpoint are there; a line is written after its
 checkpoint. Checkpoints hold no time and no id: equal studies give equal files.

@@ -4,7 +4,6 @@ RUN/lock is held by a ServerApp as long as it lives; RUN/run.json tells which ru
 somebody stopped it.
 """
 
-import fcntl
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from core.config import Recipe
 from core.errors import UserError
 from server.control import Control, app_bundle, control
 from server.history import describe_round, open_run, read_history, read_recipe
+from server.live import held
 from server.progress import shown_progress
 
 LOG = logging.getLogger("fedmermed.server")
@@ -112,17 +112,6 @@ def follow(
         elif watch.gone(calls):
             watch.submit(calls, sites)
         time.sleep(POLL_SECONDS)
-
-
-def held(lock: Path) -> bool:
-    """Whether a process holds a lock file: RUN/lock, as long as a ServerApp works on RUN."""
-    if lock.exists():
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
 
 
 @dataclass

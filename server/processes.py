@@ -17,7 +17,8 @@ from pathlib import Path
 from core.checkpoint import write_atomically
 from server.admit import admit
 from server.control import control
-from server.launch import follow, held
+from server.launch import follow
+from server.live import held
 from server.provision import provision
 from server.serve import environment, open_service
 from server.supervisor import Part, Supervisor, stopped_by_sigterm

@@ -28,6 +28,7 @@ from server.attendance import last_sites, require_quorum, wait_for_sites
 from server.exchange import Exchange
 from server.history import Checkpoint, RunDirectory, describe_round, read_history
 from server.intake import SILENT, Intake
+from server.live import Live
 from server.quarantine import quarantined
 from server.replies import collapse_alarms, mean_metrics, to_record
 from server.roster import Roster
@@ -61,6 +62,7 @@ class FederatedMemory(Strategy):
         self.checkpoint = checkpoint
         self.expect_sites = expect_sites
         self.roster = Roster(run.study, registered)
+        self.live = Live(run.path, recipe.federation.rounds)
         self._exchange: Exchange | None = None
         self._bytes_down = 0
         self._began = time.monotonic()
@@ -93,9 +95,10 @@ class FederatedMemory(Strategy):
             lines, federation = read_history(self.run.path), self.recipe.federation
             held = quarantined(self.run.path, lines, federation.quarantine_after)
             self.roster.begin_round(held)
+            self.live.begin_round(server_round)
             expected = 0 if lines else self.expect_sites
             sites = wait_for_sites(
-                federation, self.roster, grid, server_round, last_sites(lines), expected
+                federation, self.roster, grid, server_round, last_sites(lines), expected, self.live
             )
             self._lap("wait_for_sites")
             LOG.info("round %d of %d: %d sites train", server_round, num_rounds, len(sites))
@@ -138,7 +141,7 @@ class FederatedMemory(Strategy):
                 for node in sites.values()
             ]
 
-        return Exchange(grid, ask, lambda: self.roster.present(grid), timeout)
+        return Exchange(grid, ask, lambda: self.roster.present(grid), timeout, self.live)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -151,6 +154,8 @@ class FederatedMemory(Strategy):
         with Spool(self.run.path) as spool:
             intake = self._take_in(server_round, replies, spool)
             outcomes = intake.outcomes
+            self.live.outcomes(outcomes)
+            self.live.phase("screening")
             for name, reason in self.roster.quarantined.items():
                 outcomes[name] = {"outcome": "quarantined", "reason": reason}
             state, lines = self.checkpoint.state, read_history(self.run.path)
@@ -159,6 +164,8 @@ class FederatedMemory(Strategy):
                 outcomes[name] = {"outcome": "absent", "reason": "not connected"}
             screened = screen(self.recipe, state, lines, intake.updates, outcomes)
             updates = screened.updates
+            self.live.outcomes(outcomes)
+            self.live.phase("aggregating")
             self._lap("screen")
             require_quorum(self.recipe.federation, server_round, outcomes)
             checkpoint, weights = self._aggregate(server_round, updates)
@@ -206,6 +213,8 @@ class FederatedMemory(Strategy):
         for reply in replies:
             self._lap("exchange")
             intake.take(reply)
+            self.live.outcomes(intake.outcomes)
+            self.live.beat()
             del reply  # it would live until the next one is here
             self._lap("admit")
         self._lap("exchange")

@@ -9,6 +9,7 @@ from core.config import Recipe
 from core.errors import UserError
 from core.wire import GlobalState
 from server.history import open_run
+from server.live import Live
 from server.strategy import FederatedMemory
 
 
@@ -36,23 +37,31 @@ def run_study(
     """
     run = open_run(run_dir, recipe)
     with run.locked():
+        live = Live(run_dir, recipe.federation.rounds)
         try:
             # No name here for the checkpoint: the strategy lets go of it after a round.
-            FederatedMemory(
+            strategy = FederatedMemory(
                 recipe,
                 run,
                 run.load(lambda: initial_state(recipe)),
                 expect_sites,
                 registered,
-            ).start(
+            )
+            live = strategy.live
+            strategy.start(
                 grid,
                 ArrayRecord(),  # the strategy has the checkpoint
                 num_rounds=recipe.federation.rounds,
                 timeout=recipe.federation.round_timeout_seconds,
             )
+            live.phase("finished")
         except Exception as error:
             ours = isinstance(error, UserError)
             run.fail(str(error) if ours else repr(error), final=ours)
+            live.phase("failed")
+            raise
+        except BaseException:  # SIGTERM, by Flower's own handler, or Ctrl-C
+            live.phase("stopped")
             raise
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from server.history import open_run, read_history
-from server.launch import held
+from server.live import held
 from server.processes import _connect, free_port
 from server.provision import provision
 from server.supervisor import _descendants

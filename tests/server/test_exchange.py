@@ -1,15 +1,17 @@
 """One round's messages and replies, over a grid whose sites fail in the ways of Flower's."""
 
 import time
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from core.wire import NOT_NOW
-from server import exchange
+from server import exchange, live
 from server.exchange import MOST_FAILURES, Exchange
 from server.grid import InProcessGrid
+from server.live import Live, read_live
 
 
 class Remote(Grid):
@@ -20,6 +22,7 @@ class Remote(Grid):
     """
 
     pull_interval = 0.01
+    run_dir: Path
     run = property(lambda self: self.inner.run)
     set_run = create_message = None
 
@@ -64,7 +67,7 @@ def open_exchange(grid, seconds=20.0):
     def find():
         return {f"site-{node}": node for node in grid.get_node_ids()}
 
-    return Exchange(grid, ask, find, seconds), find()
+    return Exchange(grid, ask, find, seconds, Live(grid.run_dir, 1)), find()
 
 
 def said(replies):
@@ -73,7 +76,8 @@ def said(replies):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
+def impatient(monkeypatch, tmp_path):
+    monkeypatch.setattr(Remote, "run_dir", tmp_path, raising=False)
     monkeypatch.setattr(exchange, "AGAIN_SECONDS", 0.02)
     monkeypatch.setattr(exchange, "CLOSED_SECONDS", (0.1, 0.2))
 
@@ -137,7 +141,7 @@ def test_a_site_outside_its_hours_is_asked_again_with_growing_pauses_and_any_num
 def test_in_one_process_a_site_outside_its_hours_is_not_waited_for():
     grid = Remote({1000: [NOT_NOW, "ok"]})
     _, sites = open_exchange(grid)
-    one = Exchange(grid.inner, ask, lambda: sites, 20.0)
+    one = Exchange(grid.inner, ask, lambda: sites, 20.0, Live(grid.run_dir, 1))
     assert said(one.replies(sites)) == [NOT_NOW]
 
 
@@ -180,3 +184,23 @@ def test_a_message_that_the_superlink_does_not_take_is_sent_again():
     assert sent.sites["site-1000"].facts()["failures"] == [
         "the message could not be handed to the SuperLink"
     ]
+
+
+def test_a_site_that_is_lost_and_one_that_is_asked_again_are_told_while_they_are(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(live, "WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(exchange, "AGAIN_SECONDS", 0.05)
+    grid = Remote({1000: [5, "ok"], 1001: ["ok"], 1002: [None]})
+    sites = {"a": 1000, "b": 1001, "c": 1002}
+    now = Live(tmp_path, 1)
+    now.begin_round(1)
+    sent = Exchange(grid, ask, lambda: sites, 0.8, now)
+    replies = sent.replies(sites)
+    assert said([next(replies)]) == [1001]
+    now.beat()
+    a = read_live(tmp_path)["sites"]["a"]
+    assert (a["state"], a["reason"]) == ("asked again", "code 5")
+    grid.offline = {1002}
+    assert said(replies) == [1000]
+    assert read_live(tmp_path)["sites"]["c"]["state"] == "lost"

@@ -154,7 +154,7 @@ def test_a_server_killed_in_the_middle_of_a_round_leaves_nothing_and_resumes(mak
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert {file.name for file in killed.path.iterdir()} == before | {"lock"}
+    assert {file.name for file in killed.path.iterdir()} == before | {"lock", "live.json"}
     for run in (calm, killed):
         run_study(Sites(3), recipe, run.path)
         assert len(read_history(run.path)) == 2
