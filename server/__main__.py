@@ -188,6 +188,22 @@ def quarantine(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw it anew each second, until Ctrl-C.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Is a study alive, does it learn in every modality, who is missing, when will it end?"""
+    from rich.console import Console
+
+    from server.status import show_status
+
+    show_status(run, Console(), watch=watch, as_json=as_json)
+
+
+@app.command()
 def serve(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What provision made.")],
     listen: Annotated[

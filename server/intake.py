@@ -57,11 +57,12 @@ class Intake:
         if site is None or site in self.outcomes:
             LOG.warning("round %d: a reply that nobody was asked for is ignored", self._round)
             return
-        if reply.has_content():
-            self.bytes_up += count_bytes(reply.content)
+        size = count_bytes(reply.content) if reply.has_content() else 0
+        self.bytes_up += size
         update, self.outcomes[site] = judge(
             reply, site=site, round_number=self._round, reference=self._reference,
             recipe=self._recipe,
         )  # fmt: skip
+        self.outcomes[site]["bytes"] = size
         if update is not None:
             self.updates[site] = self._spool.put(update)
