@@ -44,6 +44,8 @@ class Facts:
     run: Path
     recipe: Recipe
     tally: Tally
+    sites: Mapping[str, tuple[str, str]]
+    """site -> its state (server.live.STATES) and reason"""
     holds: Mapping[str, str]
     """Site in quarantine -> why."""
     figures: Mapping[str, Mapping[str, float]]
@@ -130,15 +132,12 @@ def _quarantine(facts: Facts) -> Iterator[Alarm]:
 
 
 def _sites(facts: Facts) -> Iterator[Alarm]:
-    live = facts.live["sites"] if facts.live else {}
     if facts.state == "finished":
         return
-    for name in sorted({*facts.tally.sites, *live} - set(facts.holds)):
-        past = facts.tally.sites.get(name)
-        state = live[name]["state"] if name in live else ""
-        reason = live[name]["reason"] if name in live else ""
-        if not state and past:
-            state, reason = past.outcome, past.reason
+    for name in sorted(set(facts.sites) - set(facts.holds)):
+        past, (state, reason) = facts.tally.sites.get(name), facts.sites[name]
+        if facts.live is None and state in ("lost", "asked again"):
+            continue  # nobody asks it any more
         if state in ("lost", "absent", "silent"):
             words = {
                 "lost": "was asked and is not connected any more",

@@ -128,7 +128,7 @@ def read_live(run: Path) -> dict[str, Any] | None:
         sites = {
             name: {
                 "state": _one_of(STATES, site["state"]),
-                "since": float(site["since"]),
+                "since": _time(site["since"]),
                 "reason": printable(str(site["reason"])),
             }
             for name, site in facts["sites"].items()
@@ -138,12 +138,20 @@ def read_live(run: Path) -> dict[str, Any] | None:
             "round": int(facts["round"]),
             "rounds": int(facts["rounds"]),
             "phase": _one_of(PHASES, facts["phase"]),
-            "since": float(facts["since"]),
-            "written": float(facts["written"]),
+            "since": _time(facts["since"]),
+            "written": _time(facts["written"]),
         }
         for name in ("deadline", "beat_seconds"):
-            found[name] = None if facts.get(name) is None else float(facts[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found[name] = None if facts.get(name) is None else _time(facts[name])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ):
         return None
     return {**found, "sites": sites}
 
@@ -158,6 +166,12 @@ def held(lock: Path) -> bool:
     except FileNotFoundError:
         pass
     return False
+
+
+def _time(value: Any) -> float:
+    if not 0 <= float(value) < 1e11:
+        raise ValueError(f"{value} is no time")
+    return float(value)
 
 
 def _one_of(words: tuple[str, ...], word: Any) -> str:

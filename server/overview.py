@@ -13,7 +13,7 @@ class Figure:
     last: float
     round: int
     change: float | None
-    """Since some values before (server.overview_reader.RECENT), or the first; None where there is one alone."""
+    """Since a few values before, or the first; None where there is one alone."""
 
 
 @dataclass(frozen=True)

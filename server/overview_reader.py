@@ -61,7 +61,9 @@ class OverviewReader:
         holds = _held_sites(run)
         state, words = _state(tally.rounds, federation.rounds, serving, live, failure, run)
         running = state in ("running", "waiting for sites", "starting") and live is not None
-        sites = _sites(tally, (live or {}).get("sites", {}), holds, running=running)
+        # What the server says of a round that is not done is news after its end too.
+        news = live["sites"] if live and (running or live["round"] > tally.rounds) else {}
+        sites = _sites(tally, news, holds)
         modalities = self._modalities(sites)
         typical = median(tally.seconds[-RECENT:]) if tally.seconds else None
         left = None
@@ -71,6 +73,7 @@ class OverviewReader:
         facts = Facts(
             state=state, words=words, live=live if running else None, now=now, run=run,
             recipe=self._recipe, tally=tally, holds=holds,
+            sites={name: (site.state, site.reason) for name, site in sites.items()},
             figures={m: {n: f.last for n, f in v.figures.items()} for m, v in modalities.items()},
         )  # fmt: skip
         return Overview(
@@ -162,12 +165,12 @@ def _state(
 
 
 def _sites(
-    tally: Tally, now: dict[str, dict[str, Any]], holds: dict[str, str], *, running: bool
+    tally: Tally, now: dict[str, dict[str, Any]], holds: dict[str, str]
 ) -> dict[str, SiteView]:
     views = {}
     for name in sorted({*tally.sites, *now, *holds}):
         past, present = tally.sites.get(name, SiteTally()), now.get(name)
-        if running and present:
+        if present:
             state, since, reason = present["state"], present["since"], present["reason"]
         else:
             state, since, reason = past.outcome or "unknown", None, past.reason

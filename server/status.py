@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -81,7 +82,8 @@ def _head(view: Overview) -> Text:
         if view.deadline is not None:
             text.append(f", at most {duration(view.deadline - view.now)} more")
         if view.phase == "training":
-            asked = [site.state for site in view.sites.values() if site.state != "absent"]
+            away = ("absent", "quarantined")
+            asked = [site.state for site in view.sites.values() if site.state not in away]
             owing = sum(state in ("asked", "asked again", "lost") for state in asked)
             text.append(f"; {len(asked) - owing} of {len(asked)} sites have answered")
     elif view.written is not None and view.state != "finished":
@@ -100,10 +102,10 @@ def _alarms(view: Overview) -> list[Text]:
         quiet = view.rounds_done or view.state in ("running", "waiting for sites")
         return [Text("no alarms", "green")] if quiet else []
     lines = []
-    for one in view.alarms:
-        text = Text(f"! {one.words}", COLOURS[one.level])
-        text.append(f"\n  -> {one.what_to_do}", "default")
-        lines.append(text)
+    for one, following in zip_longest(view.alarms, view.alarms[1:]):
+        lines.append(Text(f"! {one.words}", COLOURS[one.level]))
+        if following is None or following.what_to_do != one.what_to_do:
+            lines.append(Text(f"  -> {one.what_to_do}"))
     return lines
 
 

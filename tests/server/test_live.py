@@ -54,7 +54,19 @@ def test_of_a_file_that_somebody_else_wrote_only_the_known_names_are_read(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"round": 1}', '{"sites": []}', "[" * 100_000, "\x00"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"round": 1}',
+        '{"sites": []}',
+        "[" * 100_000,
+        "\x00",
+        '{"round": 1e999, "rounds": 1, "phase": "training", "since": 1, "written": 1, "sites": {}}',
+        '{"round": 1, "rounds": 1, "phase": "training", "since": NaN, "written": 1, "sites": {}}',
+    ],
 )
 def test_a_damaged_file_is_as_none(tmp_path, text):
     (tmp_path / "live.json").write_text(text)
