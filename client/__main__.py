@@ -351,6 +351,25 @@ def join(
 
 
 @app.command()
+def status(
+    site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site's file.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw it anew each second, until Ctrl-C.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """What does this site do now, what did it answer, and what left it?
+
+    From this site's files alone. Ends with status 1 when the audit chain is broken.
+    """
+    from client.site import load_site
+    from client.status import show_status
+
+    if not show_status(load_site(site_file), console, watch=watch, as_json=json_output):
+        raise typer.Exit(1)
+
+
+@app.command()
 def audit(
     site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site's file.")],
     study: Annotated[

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from client.egress import cut
 from client.holdings import training_images, training_patients
 from client.policy import Refusal, approve
+from client.progress import ProgressFile
 from client.site import SiteConfig
 from client.state import StoredReply, open_state
 from core.checkpoint import Arrays, sha256_arrays
@@ -94,6 +95,10 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
 
         if site.threads:
             torch.set_num_threads(site.threads)
+        device = resolve_device(site.device)
+        progress = ProgressFile(
+            state.directory, number, recipe.federation.local_steps, recipe.optim.batch_size, device
+        )
         update, private = site_round(
             recipe,
             GlobalState.from_arrays(request.unpacked()),
@@ -101,11 +106,12 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
             state.private(),
             site=site.name,
             first_step=request.step,
-            device=resolve_device(site.device),
-            on_step=_progress(site.name, number),
+            device=device,
+            on_step=_progress(site.name, number, progress),
         )
         update = cut(policy, recipe, update)
         state.commit(number, received, StoredReply(update, patients), private)
+        progress.end()
     return update, True
 
 
@@ -123,11 +129,14 @@ def _check(request: Request) -> None:
         raise Refusal("the message holds an array that is not on the list of what is sent down")
 
 
-def _progress(site: str, round_number: int) -> Callable[[int, int, float], None]:
+def _progress(
+    site: str, round_number: int, file: ProgressFile
+) -> Callable[[int, int, float], None]:
     def on_step(done: int, steps: int, loss: float) -> None:
         LOG.info(
             "site %s, round %d: step %d of %d, loss %.3f", site, round_number, done, steps, loss,
             extra={"step": (site, round_number, done, loss)},
         )  # fmt: skip
+        file.step(done, loss)
 
     return on_step

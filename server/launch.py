@@ -16,9 +16,9 @@ from rich.console import Console
 from core.checkpoint import read_json, write_json
 from core.config import Recipe
 from core.errors import UserError
+from core.lock import held
 from server.control import Control, app_bundle, control
 from server.history import describe_round, open_run, read_history, read_recipe
-from server.live import held
 from server.progress import shown_progress
 
 LOG = logging.getLogger("fedmermed.server")

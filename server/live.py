@@ -17,7 +17,6 @@ RUN/lock, which the system frees with the process.
     - It is written at each change of phase, and otherwise at most twice a second.
 """
 
-import fcntl
 import json
 import logging
 import time
@@ -154,18 +153,6 @@ def read_live(run: Path) -> dict[str, Any] | None:
     ):
         return None
     return {**found, "sites": sites}
-
-
-def held(lock: Path) -> bool:
-    """Whether a process holds a lock file: RUN/lock, as long as a ServerApp works on RUN."""
-    try:
-        with open(lock, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
 
 
 def _time(value: Any) -> float:

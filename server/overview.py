@@ -21,7 +21,8 @@ class ModalityView:
     """How a modality learns."""
 
     verdict: str
-    """collapse; of its kNN AUROC in the last rounds: better, worse, steady; or unknown."""
+    """collapse; of its kNN AUROC in the last rounds: better, worse, steady,
+    too early to tell; unlabelled: no site sends one."""
     images: int
     sites: int
     figures: dict[str, Figure]

@@ -19,11 +19,12 @@ from core.checkpoint import read_json
 from core.collapse import alarm
 from core.config import Recipe
 from core.errors import UserError
+from core.lock import held
 from core.modalities import MODALITIES
 from core.wire import COUNTS
 from server.alarms import Facts, alarms
 from server.history import read_recipe
-from server.live import ENDED, held, read_live
+from server.live import ENDED, read_live
 from server.overview import Figure, ModalityView, Overview, SiteView
 from server.quarantine import FILE as QUARANTINE
 from server.roster import SITE_NAME
@@ -127,7 +128,7 @@ class OverviewReader:
             return "collapse"
         auroc = figures.get("knn_auroc")
         if auroc is None or auroc.change is None:
-            return "unknown"
+            return "unlabelled" if auroc is None else "too early"
         if abs(auroc.change) <= STEADY:
             return "steady"
         return "better" if auroc.change > 0 else "worse"

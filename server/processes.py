@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.checkpoint import write_atomically
+from core.lock import held
 from server.admit import admit
 from server.control import control
 from server.launch import follow
-from server.live import held
 from server.provision import provision
 from server.serve import environment, open_service
 from server.supervisor import Part, Supervisor, stopped_by_sigterm

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from core.lock import held
 from server.history import open_run, read_history
-from server.live import held
 from server.processes import _connect, free_port
 from server.provision import provision
 from server.supervisor import _descendants

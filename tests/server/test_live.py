@@ -1,14 +1,12 @@
 """RUN/live.json: what the server says of itself while it works, and what a reader makes of it."""
 
-import fcntl
 import json
-import os
 import time
 
 import pytest
 
 from server import live
-from server.live import Live, held, read_live
+from server.live import Live, read_live
 
 
 @pytest.fixture
@@ -107,16 +105,3 @@ def test_a_full_disk_does_not_end_a_study(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     Live(tmp_path / "file", 1).phase("training")
     assert "cannot be written" in caplog.text
-
-
-def test_a_lock_is_held_as_long_as_its_process_lives(tmp_path):
-    lock = tmp_path / "lock"
-    assert not held(lock)
-    with open(lock, "w") as file:
-        assert not held(lock)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if held(lock) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert not held(lock)

@@ -88,7 +88,7 @@ def test_one_round_and_no_server(run):
     view = look(run)
     assert (view.state, view.rounds_done, view.seconds_left) == ("stopped", 1, None)
     ct = view.modalities["ct"]
-    assert (ct.images, ct.sites, ct.verdict) == (80, 2, "unknown")
+    assert (ct.images, ct.sites, ct.verdict) == (80, 2, "too early")
     assert (ct.figures["loss"].last, ct.figures["loss"].change) == (3.0, None)
     a = view.sites["a"]
     assert (a.state, a.last_admitted, a.seconds, a.bytes_up) == ("admitted", 1, 7.0, 1000)
