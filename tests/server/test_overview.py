@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import sys
 import time
 from contextlib import contextmanager
 
@@ -11,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from core.checkpoint import save_arrays, write_json
-from core.errors import UserError
 from core.wire import GlobalState, Prototypes
+from server.__main__ import main
 from server.history import open_run
 from server.live import Live
 from server.overview_reader import OverviewReader
@@ -71,9 +72,26 @@ def served(run):
         yield Live(run, 10)
 
 
-def test_what_is_no_run_directory_is_refused_by_exit_code_2(tmp_path):
-    with pytest.raises(UserError, match="not a run directory"):
-        OverviewReader(tmp_path)
+def command(monkeypatch, *words):
+    """Runs `fedmermed-server status`; gives its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fedmermed-server", "status", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_what_is_no_run_directory_is_refused_by_exit_code_2(tmp_path, monkeypatch, capfd):
+    assert command(monkeypatch, tmp_path / "nowhere") == 2
+    assert command(monkeypatch, tmp_path) == 2
+    assert capfd.readouterr().err.count("is not a run directory") == 2
+
+
+def test_a_failed_study_is_shown_with_exit_code_0_as_table_and_as_json(run, monkeypatch, capfd):
+    write_json(run / "failure.json", {"reason": "no sites", "final": True})
+    assert command(monkeypatch, run) == 0
+    assert "the study failed: no sites" in capfd.readouterr().out
+    assert command(monkeypatch, run, "--json") == 0
+    assert json.loads(capfd.readouterr().out)["state"] == "failed"
 
 
 def test_a_study_that_has_not_begun(run):

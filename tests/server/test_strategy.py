@@ -11,9 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 
 from core.checkpoint import sha256_file
+from core.errors import UserError
 from core.wire import GlobalState
 from server.grid import InProcessGrid
 from server.history import open_run, read_history
+from server.live import read_live
 from server.study import run_study
 
 TENSORS, TENSOR = 40, (8, 1024)
@@ -159,3 +161,61 @@ def test_a_server_killed_in_the_middle_of_a_round_leaves_nothing_and_resumes(mak
         run_study(Sites(3), recipe, run.path)
         assert len(read_history(run.path)) == 2
     assert sha256_file(calm.checkpoint_path(2)) == sha256_file(killed.checkpoint_path(2))
+
+
+class Told(Sites):
+    """Notes what RUN/live.json tells whenever a site is asked to train."""
+
+    def __init__(self, count, run, act=lambda: None):
+        super().__init__(count)
+        self.run_dir, self.act, self.told = run, act, []
+
+    def deliver(self, message):
+        if message.metadata.message_type == "train":
+            self.told.append(read_live(self.run_dir))
+            self.act()
+        return super().deliver(message)
+
+
+def test_a_study_tells_what_it_does_and_at_its_end_that_it_has_finished(make_run, make_recipe):
+    recipe = make_recipe(rounds=2)
+    run = make_run("run", recipe).path
+    grid = Told(3, run)
+    run_study(grid, recipe, run)
+    assert [told["round"] for told in grid.told] == [1, 1, 1, 2, 2, 2]
+    assert {told["phase"] for told in grid.told} == {"training"}
+    assert all(told["deadline"] > told["written"] for told in grid.told)
+    end = read_live(run)
+    assert (end["phase"], end["round"], end["deadline"]) == ("finished", 2, None)
+    assert {site["state"] for site in end["sites"].values()} == {"admitted"}
+
+
+def test_a_study_that_fails_tells_so_and_which_sites_did_not_answer(make_run, make_recipe):
+    recipe = make_recipe(rounds=2, min_sites=3)
+    run = make_run("run", recipe).path
+    grid = Sites(3)
+    grid.deliver = lambda message: (
+        None
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1000
+        else Sites.deliver(grid, message)
+    )
+    with pytest.raises(UserError, match="2 of 3 sites admitted"):
+        run_study(grid, recipe, run)
+    end = read_live(run)
+    assert end["phase"] == "failed"
+    assert sorted(site["state"] for site in end["sites"].values()) == [
+        "admitted", "admitted", "silent",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_study_that_is_stopped_tells_so(stop, make_run, make_recipe):
+    recipe = make_recipe(rounds=2)
+    run = make_run("run", recipe).path
+
+    def act():
+        raise stop
+
+    with pytest.raises(stop):
+        run_study(Told(3, run, act), recipe, run)
+    assert read_live(run)["phase"] == "stopped"

@@ -108,3 +108,14 @@ def test_fields_of_another_kind_are_passed_over(tmp_path, lines, odd):
     tally = Tally(tmp_path)
     tally.read()
     assert tally.rounds == 1
+
+
+def test_a_history_that_was_cut_in_place_is_read_anew(tmp_path, lines):
+    write(tmp_path, lines)
+    tally = Tally(tmp_path)
+    tally.read()
+    first = json.dumps(lines[0]) + "\n"
+    with open(tmp_path / "history.jsonl", "r+") as file:
+        file.truncate(len(first))
+    tally.read()
+    assert tally.rounds == 1
