@@ -37,7 +37,7 @@ def run_study(
     """
     run = open_run(run_dir, recipe)
     with run.locked():
-        live = Live(run_dir, recipe.federation.rounds)
+        live = Live(run_dir, recipe.federation.rounds)  # until the strategy has its own
         try:
             # No name here for the checkpoint: the strategy lets go of it after a round.
             strategy = FederatedMemory(
