@@ -16,10 +16,10 @@ from prometheus_client.registry import Collector
 
 from core.checkpoint import read_json
 from core.errors import UserError
+from core.lock import held
 from core.modalities import TITLES
 from core.wire import METRICS as SITE_METRICS
 from server.history import Line, read_history, read_recipe
-from server.launch import held
 
 Samples = dict[tuple[str, ...], float]
 """Values of labels -> value"""
