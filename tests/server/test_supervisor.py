@@ -134,7 +134,7 @@ with Supervisor() as watched:
 
 def test_a_log_that_grows_is_begun_anew_while_its_part_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 10_000)
-    program = "import time\nwhile True: print('x' * 999, flush=True); time.sleep(0.001)"
+    program = "import time\nwhile True: print('x' * 999, flush=True); time.sleep(0.02)"
     log, before = tmp_path / "part.log", tmp_path / "part.log.1"
     with Supervisor() as watched:
         watched.start(part(tmp_path, program))
