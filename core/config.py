@@ -145,7 +145,7 @@ class OptimConfig(Strict):
     ema_momentum: Share = 0.97
     """At the first step; rises to 1 by a cosine. 1 freezes the teacher."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU and on a CPU with bf16 matrix units, else fp32."""
+    """auto: bf16 on a GPU and on a CPU with bf16 units, else fp32."""
 
 
 class FederationConfig(Strict):
