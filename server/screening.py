@@ -81,11 +81,10 @@ def screen(
         outcomes[site]["cosine"] = cosine
     outliers: list[Line] = []
     if len(left) >= FEWEST_TO_COMPARE:
-        before = (
-            lines[len(lines) - ROUNDS_AGAINST + 1 :] if len(lines) >= ROUNDS_AGAINST - 1 else None
-        )
+        before = lines[1 - ROUNDS_AGAINST :]
         for site in left:
-            against = before is not None and all(_against(x["sites"].get(site, {})) for x in before)
+            times = sum(_against(line["sites"].get(site, {})) for line in before)
+            against = times == ROUNDS_AGAINST - 1
             outliers += _outliers(site, outcomes[site], recipe, median, against=against)
     for outlier in outliers:
         LOG.warning("round %d: %s", len(lines) + 1, outlier["words"])

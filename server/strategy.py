@@ -81,9 +81,9 @@ class FederatedMemory(Strategy):
         """Run the rounds that are left, up to `num_rounds`.
 
         The state is read from and written to the checkpoint, and evaluation is part of a site's
-        train reply, so `initial_arrays` and the last two arguments go unused, and the result holds
-        metrics alone. Beside the state, memory holds at most what is being sent, or one reply, or
-        the next state, however many sites there are.
+        train reply, so `initial_arrays` and the last three arguments go unused, and the result
+        holds metrics alone. Beside the state, memory holds at most what is being sent, or one
+        reply, or the next state, however many sites there are.
 
         Raises:
             QuorumError: a round missed its quorum; the checkpoint of the one before is intact.

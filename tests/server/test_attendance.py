@@ -120,3 +120,22 @@ def test_below_the_quorum_the_wait_is_the_longer_one(tmp_path, make_recipe):
     recipe = make_recipe(rounds=2, grace_seconds=0.0, wait_for_sites_seconds=0.2)
     with pytest.raises(QuorumError, match="1 site"):
         run(tmp_path / "short", recipe, Nodes(["a", "b"], away("b", 3600.0, after=1)))
+
+
+def test_a_question_outlives_the_deadline_so_that_a_late_site_is_silent_and_no_error(
+    tmp_path, make_recipe
+):
+    """The SuperLink answers for a message that expired, in words that name no site."""
+
+    class Lives(Nodes):
+        lives = ()
+
+        def deliver(self, message):
+            if message.metadata.message_type == "train":
+                self.lives += (message.metadata.ttl,)
+            return super().deliver(message)
+
+    grid = Lives(["a", "b"], lambda grid, number: None)
+    run(tmp_path, make_recipe(rounds=1, round_timeout_seconds=7.0), grid)
+    assert len(grid.lives) == 2
+    assert all(30 < life < 120 for life in grid.lives)
