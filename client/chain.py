@@ -23,8 +23,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from core.checkpoint import write_atomically
-from core.config import Strict
 from core.errors import UserError
+from core.strict import Strict
 
 FILE = "audit.jsonl"
 HEAD = "audit.head"

@@ -16,9 +16,10 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field
 
 from client.hours import check_window, opens_at
-from core.config import Recipe, Strict
+from core.config import Recipe
 from core.errors import UserError
 from core.modalities import MODALITIES
+from core.strict import Strict
 
 SHA256: Final = r"^[0-9a-f]{64}$"
 

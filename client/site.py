@@ -10,7 +10,7 @@ from pydantic import Field
 
 from client.policy import Policy
 from core.address import Address
-from core.config import Strict, load_toml
+from core.strict import Strict, load_toml
 
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"

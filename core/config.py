@@ -5,19 +5,13 @@ JSON form in which a recipe travels to the sites.
 """
 
 import json
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from core.errors import UserError
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Jitter = Annotated[float, Field(ge=0, lt=1)]
+from core.privacy.config import PrivacyConfig, refuse_unproven
+from core.strict import Count, Jitter, NonNegative, Positive, Share, Strict, load_toml, validate
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -37,18 +31,12 @@ Sigma = Annotated[
 ]
 
 
-class Strict(BaseModel):
-    """Base of every file we read: no unknown key, no silent conversion, no change after reading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class ModelConfig(Strict):
     """Backbone (any timm vision transformer) and projection head."""
 
     backbone: Annotated[str, Field(min_length=1)] = "vit_tiny_patch16_224"
     """timm model name."""
-    options: dict[str, int | float | bool | str] = {}
+    options: dict[str, int | float | bool | str] = Field(default={})
     """Further arguments of timm.create_model, such as depth or patch_size."""
     init_file: str = ""
     """Pretrained backbone (.safetensors, timm's names), read by the coordinator; empty: random."""
@@ -219,6 +207,12 @@ class Recipe(Strict):
     optim: OptimConfig = OptimConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        refuse_unproven(self)
+        return self
 
     @property
     def total_steps(self) -> int:
@@ -228,9 +222,6 @@ class Recipe(Strict):
     def to_json(self) -> str:
         """The complete recipe, defaults included, in a fixed order: equal recipes, equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
-
-
-S = TypeVar("S", bound=Strict)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -245,33 +236,4 @@ def load_recipe(path: Path) -> Recipe:
 
 def recipe_from_json(text: str, where: str) -> Recipe:
     """Read a recipe as `Recipe.to_json` wrote it; `where` names the source in error messages."""
-    return _validate(Recipe, text, where)
-
-
-def load_toml(model: type[S], path: Path, what: str) -> S:
-    """Read a TOML file into a strict model; every failure is a UserError that names the file."""
-    try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{what} '{path}' does not exist; give the path of a TOML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} '{path}' cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{what} '{path}' is not valid TOML: {error}") from None
-    # Through JSON, because there pydantic's strict mode takes an array for a tuple.
-    return _validate(model, json.dumps(table, default=str), f"{what} '{path}'")
-
-
-def _validate(model: type[S], text: str, where: str) -> S:
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(
-                f"{where}: unknown key '{key}'; check its spelling and section"
-            ) from None
-        raise UserError(
-            f"{where}: '{key}': {first['msg'].lower()}, found {first['input']!r}"
-        ) from None
+    return validate(Recipe, text, where)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError
 
 from core.checkpoint import commit_directory, sha256_file, write_json
-from core.config import Strict
 from core.errors import UserError
 from core.modalities import MODALITIES
+from core.strict import Strict
 
 SPLITS: Final = ("train", "val", "test")
 FILES: Final = ("manifest.json", "images.npy", "table.csv")

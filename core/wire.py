@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from core.checkpoint import Arrays
-from core.config import Count, ModelConfig, Strict
+from core.config import ModelConfig
 from core.modalities import MODALITIES
+from core.strict import Count, Strict
 
 STUDENT: Final = "student/"
 TEACHER: Final = "teacher/"

@@ -1,0 +1,1 @@
+"""Differential privacy: what a study may ask, noise, accounting, ledger, private training."""
