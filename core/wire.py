@@ -12,6 +12,8 @@ Up (site to server), RecordDict with two records:
   "metrics" MetricRecord  round (int, the one that is answered), num_examples/<modality> (int, at
                           least one), and floats named <metric>/<modality> or <metric> with
                           <metric> in METRICS
+With record privacy (core/privacy) metrics are round, num_examples/<modality> as the site declares
+them in public, and epsilon; prototypes are there only in the rounds that release them.
 Weights are float32, or float16 where the recipe's transport is delta16 (core/transport.py).
 A query message ("config": study) is answered with ConfigRecord "info": site, version.
 
@@ -46,6 +48,8 @@ COUNTS: Final = "prototype_counts/"
 SCALES: Final = "scales/"
 NUM_EXAMPLES: Final = "num_examples/"
 ROUND: Final = "round"
+EPSILON: Final = "epsilon"
+"""What the site's ledger holds of the study, this reply included, at the recipe's delta."""
 
 NOT_NOW: Final = 102
 """Code of an error reply to what the site's policy will allow later, by itself; the reason says
@@ -61,6 +65,7 @@ METRICS: Final[Mapping[str, tuple[float, float]]] = {
     "knn_auroc": (0, 1),
     "seconds_train": (0, 1e8),
     "seconds_evaluate": (0, 1e8),
+    EPSILON: (0, 1e9),
 }
 """Scalars a site may send, bare or as <metric>/<modality>, and the range in which each can lie,
 rounding included; see core.collapse and core.train."""

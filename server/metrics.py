@@ -18,6 +18,7 @@ from core.checkpoint import read_json
 from core.errors import UserError
 from core.lock import held
 from core.modalities import TITLES
+from core.wire import EPSILON
 from core.wire import METRICS as SITE_METRICS
 from server.history import Line, read_history, read_recipe
 
@@ -65,6 +66,8 @@ METRICS: Final[dict[str, About]] = {
     "site_update_norm": About("Length of its update", BY_SITE),
     "site_norm_ratio": About("That, in units of the median site's", BY_SITE),
     "site_cosine": About("Cosine of its update with the others'", BY_SITE),
+    "site_epsilon": About("Epsilon of the study at the site, as it said (record privacy)", BY_SITE),
+    "epsilon": About("Epsilon of the model (site privacy)"),
     "site_weight": About("Its share in the average", BY_SITE),
 }
 """All metrics, without their prefix; those that end in _total are counters."""
@@ -155,6 +158,8 @@ def _add_round(found: dict[str, Samples], line: Line) -> None:
     found["bytes_total"]["down",] += line["bytes_down"]
     found["bytes_total"]["up",] += line["bytes_up"]
     found["collapse_alarms_total"][()] += len(line["alarms"])
+    if EPSILON in line["metrics"]:
+        found[EPSILON][()] = line["metrics"][EPSILON]
     for key, value in line["metrics"].items():
         name, _, modality = key.partition("/")
         if name in SITE_METRICS and name in METRICS and modality in TITLES:
@@ -168,6 +173,8 @@ def _add_site(found: dict[str, Samples], number: int, site: str, outcome: Line) 
     admitted = outcome["outcome"] == "admitted"
     last = found["site_last_admitted_round"]
     last[site,] = number if admitted else last.get((site,), 0)
+    if EPSILON in outcome.get("metrics", {}):
+        found["site_epsilon"][site,] = outcome["metrics"][EPSILON]
     for modality, count in outcome.get("num_examples", {}).items():
         found["site_images"][site, modality] = count
     for key, name in FIGURES.items():

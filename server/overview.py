@@ -50,6 +50,21 @@ class SiteView:
     images: dict[str, int]
     quarantine: str
     """Why it is held; empty: it is not."""
+    epsilon: float | None
+    """That its patients have spent in this study, as it said; None: no record privacy."""
+
+
+@dataclass(frozen=True)
+class PrivacyView:
+    """What differential privacy a study has, and what of it is spent."""
+
+    mode: str
+    """none, record or site, see core.privacy.config"""
+    delta: float
+    spent: float | None
+    """Epsilon: of the site that has spent most (record), or of the model (site)."""
+    planned: float | None
+    """Epsilon after the last round; None where nobody could say, see server.study."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class Overview:
     bytes_up: int
     bytes_down: int
     min_sites: int
+    privacy: PrivacyView
     sites: dict[str, SiteView]
     modalities: dict[str, ModalityView]
     alarms: tuple[Alarm, ...]

@@ -21,17 +21,19 @@ from core.config import Recipe
 from core.errors import UserError
 from core.lock import held
 from core.modalities import MODALITIES
-from core.wire import COUNTS
+from core.wire import COUNTS, EPSILON
 from server.alarms import Facts, alarms
 from server.history import read_recipe
 from server.live import ENDED, read_live
-from server.overview import Figure, ModalityView, Overview, SiteView
+from server.overview import Figure, ModalityView, Overview, PrivacyView, SiteView
 from server.quarantine import FILE as QUARANTINE
 from server.roster import SITE_NAME
 from server.tally import Points, SiteTally, Tally
 
 RECENT: Final = 5
 """Rounds that a trend and a time of arrival rest on."""
+PLAN: Final = "privacy.json"
+"""What the study will have cost at its end, written by server.study."""
 STEADY: Final = 0.01
 """AUROC that changed by no more has not changed."""
 
@@ -95,6 +97,7 @@ class OverviewReader:
             bytes_up=tally.bytes_up,
             bytes_down=tally.bytes_down,
             min_sites=federation.min_sites,
+            privacy=_privacy(self._recipe, tally, run),
             sites=sites,
             modalities=modalities,
             alarms=tuple(alarms(facts)),
@@ -179,8 +182,21 @@ def _sites(
             state=state, since=since, reason=reason, last_admitted=past.last_admitted,
             rounds=dict(past.rounds), rejected_reason=past.rejected_reason, seconds=past.seconds,
             bytes_up=past.bytes_up, images=dict(past.images), quarantine=holds.get(name, ""),
+            epsilon=past.epsilon,
         )  # fmt: skip
     return views
+
+
+def _privacy(recipe: Recipe, tally: Tally, run: Path) -> PrivacyView:
+    told = [site.epsilon for site in tally.sites.values() if site.epsilon is not None]
+    spent = tally.epsilon if recipe.privacy.mode == "site" else max(told, default=None)
+    planned = _facts(run / PLAN).get(EPSILON)
+    return PrivacyView(
+        recipe.privacy.mode,
+        recipe.privacy.delta,
+        spent,
+        float(planned) if isinstance(planned, int | float) else None,
+    )
 
 
 def _held_sites(run: Path) -> dict[str, str]:

@@ -24,16 +24,11 @@ from server import report_curves as curves
 from server import report_facts as facts
 from server.history import Line, read_history, read_recipe
 from server.incidents import KINDS, Incident, incidents
+from server.report_privacy import privacy_words
 from server.summary import series
 
 MOST_INCIDENTS: Final = 1000
 """Beyond it a list is no longer read, and a browser slows down."""
-NO_PRIVACY: Final = (
-    "Mode: none. No differential privacy was applied, no epsilon was spent, and none can be "
-    "stated. What the model remembers of single training images has not been bounded. Images, "
-    "labels and patient keys stayed at the sites; weights, prototypes, counts and scalar figures "
-    "left them, weights in clear to the coordinator."
-)
 
 
 def write_report(run: Path, out: Path) -> None:
@@ -94,8 +89,8 @@ def _tables(run: Path, recipe: Recipe, lines: Sequence[Line]) -> dict[str, Any]:
         "training_seconds": sum(row.training_seconds for row in sites),
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "bytes_down": sum(line["bytes_down"] for line in lines),
-        "no_privacy": NO_PRIVACY,
-        "card": model_card({}, name=recipe.name, training=images, privacy=NO_PRIVACY),
+        "privacy": (privacy := privacy_words(recipe, lines)),
+        "card": model_card({}, name=recipe.name, training=images, privacy=privacy),
     }
 
 

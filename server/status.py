@@ -88,6 +88,8 @@ def _head(view: Overview) -> Text:
             text.append(f"; {len(asked) - owing} of {len(asked)} sites have answered")
     elif view.written is not None and view.state != "finished":
         text.append(f"\nserver last heard of {duration(view.now - view.written)} ago")
+    if view.privacy.mode != "none":
+        text.append(f"\n{privacy_words(view)}")
     if view.rounds_done:
         typical = duration(view.round_seconds or 0)
         text.append(
@@ -95,6 +97,15 @@ def _head(view: Overview) -> Text:
             f"{size(view.bytes_up)} so far"
         )
     return text
+
+
+def privacy_words(view: Overview) -> str:
+    """What differential privacy the study has, and what is spent."""
+    privacy = view.privacy
+    unit = "patient" if privacy.mode == "record" else "site"
+    spent = "none yet" if privacy.spent is None else f"{privacy.spent:.2f}"
+    of = "" if privacy.planned is None else f" of {privacy.planned:.2f}"
+    return f"{privacy.mode} privacy: epsilon {spent}{of} a {unit}, at delta {privacy.delta:g}"
 
 
 def _alarms(view: Overview) -> list[Text]:
@@ -154,7 +165,9 @@ def _auroc(figure: Figure | None) -> str:
 
 
 def _sites(view: Overview) -> Table:
-    table = _table("site", "now", "last", "ok", "late", "bad", "time", "sent", "holds")
+    private = view.privacy.mode == "record"
+    table = _table("site", "now", "last", "ok", "late", "bad", "time", "sent",
+                   *["epsilon"] * private, "holds")  # fmt: skip
     for name, site in view.sites.items():
         count = site.rounds.get
         late = count("silent", 0) + count("absent", 0)
@@ -164,6 +177,7 @@ def _sites(view: Overview) -> Table:
             str(count("admitted", 0)), _marked(late), _marked(bad),
             "-" if site.seconds is None else duration(site.seconds),
             size(site.bytes_up) if site.bytes_up else "-",
+            *["-" if site.epsilon is None else f"{site.epsilon:.2f}"] * private,
             Text(", ".join(f"{m} {n:,}" for m, n in site.images.items()) or "-"),
         )  # fmt: skip
     return table

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from core.admission import printable
 from core.modalities import MODALITIES
-from core.wire import METRICS
+from core.wire import EPSILON, METRICS
 from server.history import Line
 from server.roster import SITE_NAME
 
@@ -41,6 +41,8 @@ class SiteTally:
     """Of all its replies, as far as they were counted."""
     images: dict[str, int] = field(default_factory=dict)
     """modality -> training images, as it reported them last"""
+    epsilon: float | None = None
+    """What its ledger held of the study when it last answered; None: no record privacy."""
 
 
 class Tally:
@@ -65,6 +67,8 @@ class Tally:
         self.seconds: list[float] = []
         """Of each round."""
         self.bytes_up = self.bytes_down = 0
+        self.epsilon: float | None = None
+        """What the server's ledger held after the last round; None: no site privacy."""
         self.alarms: list[str] = []
         """Of the last round, as are the two below."""
         self.outliers: list[tuple[str, str]] = []
@@ -104,6 +108,8 @@ class Tally:
                 self._site(self.sites.setdefault(name, SiteTally()), outcome)
         for name, value in _table(line, "metrics").items():
             metric, _, modality = name.partition("/")
+            if name == EPSILON and (number := _number(value)):
+                self.epsilon = number[0]
             if metric in METRICS and modality in MODALITIES and (number := _number(value)):
                 points = self.series.setdefault(modality, {}).setdefault(metric, [])
                 points.append((self.rounds, number[0]))
@@ -129,6 +135,8 @@ class Tally:
             site.last_admitted = self.rounds
             images = _table(outcome, "num_examples").items()
             site.images = {m: _whole(n) for m, n in images if m in MODALITIES}
+            if number := _number(_table(outcome, "metrics").get(EPSILON)):
+                site.epsilon = number[0]
         elif what == "rejected":
             site.rejected_reason = site.reason
         if number := _number(outcome.get("seconds")):

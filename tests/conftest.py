@@ -49,6 +49,17 @@ TINY: dict[str, Any] = {
 }
 
 
+RECORD: dict[str, Any] = {
+    **TINY,
+    "loss": {"koleo_weight": 0.0},
+    "evaluation": {"every_rounds": 0},
+    "privacy": {
+        "mode": "record", "sampling_rate": 0.5, "expected_patients": 6, "images_per_patient": 2,
+        "chunk": 4,
+    },
+}  # fmt: skip
+
+
 def write_site(
     home: Path, modalities: Sequence[str], *, patients: int = 14, seed: int = 0, policy: str = ""
 ) -> Path:
@@ -102,6 +113,21 @@ def make_recipe() -> MakeRecipe:
 
     def make(**federation: object) -> Recipe:
         table = {**TINY, "federation": {**TINY["federation"], **federation}}
+        return recipe_from_json(json.dumps(table), "test")
+
+    return make
+
+
+@pytest.fixture
+def make_record_recipe() -> MakeRecipe:
+    """The tiny recipe with record privacy, and other values in its privacy section."""
+
+    def make(federation: Mapping[str, object] | None = None, **privacy: object) -> Recipe:
+        table = {
+            **RECORD,
+            "privacy": {**RECORD["privacy"], **privacy},
+            "federation": {**RECORD["federation"], **(federation or {})},
+        }
         return recipe_from_json(json.dumps(table), "test")
 
     return make

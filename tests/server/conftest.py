@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.config import Recipe
 from core.wire import GlobalState, Prototypes
 from server.history import Checkpoint, open_run
 
@@ -54,7 +55,8 @@ def mean(outcomes: Sequence[Line]) -> dict[str, float]:
 def make_study(tmp_path: Path, make_recipe: Callable[..., Any]) -> MakeStudy:
     """Write a run directory: sites name -> modalities, `rounds` done of `planned`.
 
-    `change(number, sites, line)` may change a round's outcomes and line before it is committed.
+    `change(number, sites, line)` may change a round's outcomes and line before it is committed;
+    what it puts into line["metrics"] stays beside the means.
     """
 
     def make(
@@ -62,8 +64,9 @@ def make_study(tmp_path: Path, make_recipe: Callable[..., Any]) -> MakeStudy:
         rounds: int = 2,
         planned: int | None = None,
         change: Callable[[int, Line, Line], None] = lambda number, sites, line: None,
+        recipe: Recipe | None = None,
     ) -> Path:
-        recipe = make_recipe(rounds=planned or rounds, min_sites=1)
+        recipe = recipe or make_recipe(rounds=planned or rounds, min_sites=1)
         run = open_run(tmp_path / "run", recipe)
         arrays = {"w": np.ones(3, np.float32)}
         centroids, counts = np.eye(16, dtype=np.float32)[:2], np.float32([12, 30])
@@ -79,7 +82,7 @@ def make_study(tmp_path: Path, make_recipe: Callable[..., Any]) -> MakeStudy:
                             "aggregate": 0.25},
             }  # fmt: skip
             change(number, outcomes, line)
-            line["metrics"] = mean(list(outcomes.values()))
+            line["metrics"] = {**mean(list(outcomes.values())), **line.get("metrics", {})}
             contributions = {
                 name: Prototypes(dict.fromkeys(held, centroids), dict.fromkeys(held, counts))
                 for name, held in sites.items()

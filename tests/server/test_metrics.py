@@ -133,7 +133,18 @@ def test_every_documented_metric_is_made_and_every_made_one_is_documented(make_s
         assert name in METRICS
     made = {name for name, samples in of_history(read_history(run)).items() if samples}
     now = {"study_info", "study_running", "study_failed", "rounds_planned"}
-    assert set(METRICS) - made - now == {"koleo", "last_round_timestamp_seconds"}
+    private = {"epsilon", "site_epsilon"}
+    assert set(METRICS) - made - now - private == {"koleo", "last_round_timestamp_seconds"}
+
+
+def test_epsilon_is_told_by_site_and_of_the_model(make_study):
+    def change(number, sites, line):
+        sites["city"]["metrics"]["epsilon"] = 1.5 * number
+        line["metrics"] = {"epsilon": 0.25 * number}
+
+    found = scraped(StudyCollector(make_study(TWO, change=change)))
+    assert found["site_epsilon", "city"] == 3.0
+    assert found["epsilon",] == 0.5
 
 
 def test_the_grafana_dashboard_asks_only_for_metrics_and_labels_that_exist():

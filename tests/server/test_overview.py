@@ -285,7 +285,7 @@ def test_nothing_of_a_site_is_told_but_the_closed_list(run):
     assert "secret" not in json.dumps(view.as_json())
     assert set(view.as_json()["sites"]["a"]) == {
         "state", "since", "reason", "last_admitted", "rounds", "rejected_reason", "seconds",
-        "bytes_up", "images", "quarantine",
+        "bytes_up", "images", "quarantine", "epsilon",
     }  # fmt: skip
 
 
