@@ -13,7 +13,6 @@ from core.errors import UserError
 from core.privacy.accounting import (
     Event,
     epsilon,
-    gaussian_epsilon,
     merge,
     noise_for,
     releases_prototypes,
@@ -21,6 +20,7 @@ from core.privacy.accounting import (
     sigma_eff,
     study_events,
 )
+from core.privacy.bounds import gaussian_epsilon
 
 
 def sgd(sigma: float, rate: float, steps: int) -> Event:
@@ -87,7 +87,9 @@ def test_the_closed_form_solves_its_equation(mu: float, delta: float) -> None:
 def test_weak_noise_is_told_as_a_large_epsilon_and_not_as_an_overflow() -> None:
     # sigma .01: mu = 100. The loss is N(mu^2/2, mu^2): epsilon nears mu^2/2 + 4.265 mu at 1e-5.
     assert gaussian_epsilon(100, 1e-5) == pytest.approx(5000 + 426.5, rel=1e-3)
-    assert math.isfinite(epsilon([sgd(0.05, 0.5, 1000)], 1e-5))
+    for rate in (1e-3, 0.5, 1.0):
+        assert 1e3 < epsilon([sgd(0.01, rate, 1000)], 1e-5) < math.inf
+        assert epsilon([sgd(1e-200, rate, 1)], 1e-5) == math.inf
 
 
 def test_composition_without_sampling_is_one_gaussian() -> None:
@@ -234,7 +236,8 @@ def test_a_round_of_record_mode_costs_its_steps_and_its_prototypes() -> None:
         Event("gradients", 1.3, 0.02, 28),
         Event("prototypes", second.sigma, 1.0, 2),
     )
-    assert study_events(recipe, 3) == (Event("gradients", 1.3, 0.02, 21), second)
+    assert study_events(recipe, 1, 3) == (Event("gradients", 1.3, 0.02, 21), second)
+    assert study_events(recipe, 3) == (Event("gradients", 1.3, 0.02, 14), second)
 
 
 def test_a_round_of_site_mode_costs_one_release_and_prototypes_where_there_are_some() -> None:
