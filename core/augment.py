@@ -19,6 +19,26 @@ _LUMA = (0.299, 0.587, 0.114)
 _RGB_TO_YIQ = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 
 
+class RowDraws:
+    """Uniform draws made beforehand, a row an image, handed out column by column.
+
+    **Guarantees**: the views of an image are a function of its pixels and its own row, whatever
+    other images are in the batch. From a generator they depend on the image's place in the batch.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._columns = iter(rows.float().unbind(1))
+
+    def next_column(self, count: int) -> Tensor:
+        """The next draw of every image [count]."""
+        column = next(self._columns)
+        assert column.shape == (count,)
+        return column
+
+
+Draws = torch.Generator | RowDraws
+
+
 @dataclass(frozen=True)
 class Views:
     """Normalised views of a batch."""
@@ -27,14 +47,14 @@ class Views:
     local_VBCHW: Tensor
 
 
-def make_views(images: Tensor, modality: str, views: ViewsConfig, draws: torch.Generator) -> Views:
+def make_views(images: Tensor, modality: str, views: ViewsConfig, draws: Draws) -> Views:
     """Two global and `local_views` local views of every image.
 
     Args:
         images: uint8 [B, C, H, W] with C 1 or 3, on any device.
         modality: whose mean and deviation normalise the result.
         views: sizes and strengths.
-        draws: CPU generator of this step.
+        draws: CPU generator of this step, or `draws_per_image` draws of each image.
 
     Returns:
         Views with three channels.
@@ -54,6 +74,11 @@ def make_views(images: Tensor, modality: str, views: ViewsConfig, draws: torch.G
     return Views(torch.stack(global_views), torch.stack(local_views) if local_views else empty)
 
 
+def draws_per_image(views: ViewsConfig) -> int:
+    """Uniform draws that `make_views` takes for an image."""
+    return (2 + views.local_views) * 13
+
+
 def normalise(pixels: Tensor, modality: str) -> Tensor:
     """Bring [..., C, H, W] in [0, 1] to three channels with the modality's mean and deviation."""
     mean, std = MEAN_STD[modality]
@@ -62,12 +87,18 @@ def normalise(pixels: Tensor, modality: str) -> Tensor:
     return (pixels - shift) / scale
 
 
-def _uniform(count: int, low: float, high: float, draws: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=draws)
+def _rand(count: int, draws: Draws) -> Tensor:
+    if isinstance(draws, RowDraws):
+        return draws.next_column(count)
+    return torch.rand(count, generator=draws)
+
+
+def _uniform(count: int, low: float, high: float, draws: Draws) -> Tensor:
+    return low + (high - low) * _rand(count, draws)
 
 
 def _crop(
-    pixels: Tensor, size: int, area: tuple[float, float], views: ViewsConfig, draws: torch.Generator
+    pixels: Tensor, size: int, area: tuple[float, float], views: ViewsConfig, draws: Draws
 ) -> Tensor:
     """Rotate about the image centre, crop a random share of the area, flip, resample once."""
     batch, device = len(pixels), pixels.device
@@ -77,7 +108,7 @@ def _crop(
     half_height = (share / aspect).sqrt().clamp(max=1)
     centre_x = (1 - half_width) * _uniform(batch, -1, 1, draws)
     centre_y = (1 - half_height) * _uniform(batch, -1, 1, draws)
-    flip = 1 - 2 * (torch.rand(batch, generator=draws) < views.flip_probability).float()
+    flip = 1 - 2 * (_rand(batch, draws) < views.flip_probability).float()
     angle = torch.deg2rad(_uniform(batch, -1, 1, draws) * views.rotation_degrees)
     cos, sin = angle.cos(), angle.sin()
     rows = [
@@ -90,10 +121,10 @@ def _crop(
     return functional.grid_sample(pixels, grid, padding_mode="zeros", align_corners=False)
 
 
-def _jitter(pixels: Tensor, views: ViewsConfig, draws: torch.Generator) -> Tensor:
+def _jitter(pixels: Tensor, views: ViewsConfig, draws: Draws) -> Tensor:
     """Brightness, contrast, saturation and hue as one matrix and offset an image."""
     batch, channels = pixels.shape[:2]
-    chosen = torch.rand(batch, generator=draws) < views.jitter_probability
+    chosen = _rand(batch, draws) < views.jitter_probability
     brightness, contrast, saturation = (
         torch.where(chosen, _uniform(batch, 1 - strength, 1 + strength, draws), torch.ones(()))
         for strength in (views.brightness, views.contrast, views.saturation)
@@ -118,12 +149,10 @@ def _luma(pixels: Tensor) -> Tensor:
     return torch.einsum("c,bchw->bhw", pixels.new_tensor(_LUMA), pixels)
 
 
-def _blur(
-    pixels: Tensor, probability: float, sigma: tuple[float, float], draws: torch.Generator
-) -> Tensor:
+def _blur(pixels: Tensor, probability: float, sigma: tuple[float, float], draws: Draws) -> Tensor:
     """Blur a random share of the images by a separable Gaussian, a sigma each."""
     batch, channels, _, width = pixels.shape
-    chosen = torch.rand(batch, generator=draws) < probability
+    chosen = _rand(batch, draws) < probability
     sigmas = _uniform(batch, *sigma, draws) * width / 224  # [B], in pixels of this view
     radius = math.ceil(3 * sigma[1] * width / 224)
     if radius == 0 or not bool(chosen.any()):

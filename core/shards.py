@@ -5,7 +5,8 @@ A shard is a directory that trains without decoding:
                   the window in Hounsfield units by which its CT images were made, if they were
   images.npy      uint8 [N, px, px, channels], opened as a memory map
   table.csv       modality,patient,label,split: one line an image; label is a class name or empty
-Patients are numbers or keyed hashes: a shard holds no name or identifier of a person. A shard that
+Patients are numbers, which mean something within the shard alone, or keyed hashes, which are the
+same in all shards of a site: a shard holds no name or identifier of a person. A shard that
 fits in memory is written by `write_shard`; a larger one file by file by who makes it, with the
 helpers that `write_shard` uses.
 """
@@ -52,6 +53,9 @@ class Shard:
     """[N] 'train', 'val' or 'test'"""
     classes: dict[str, tuple[str, ...]]
     """modality -> class names, for each modality in the shard; () where nothing is labelled"""
+    keys: NDArray[np.bytes_] | None = None
+    """[P] what the table calls each patient, by which all shards of the site know them; empty where
+    that is a number, which says nothing beyond this shard; None: everywhere"""
 
 
 def _known_modality(name: str) -> str:
@@ -205,7 +209,9 @@ def _table_rows(shard: Shard) -> Iterable[tuple[str, object, str, str]]:
     columns = (shard.modality, shard.patient, shard.label, shard.split)
     for m, patient, label, split in zip(*(column.tolist() for column in columns), strict=True):
         modality = MODALITIES[m]
-        yield modality, patient, shard.classes[modality][label] if label >= 0 else "", split
+        key = shard.keys[patient].decode() if shard.keys is not None else ""
+        label_name = shard.classes[modality][label] if label >= 0 else ""
+        yield modality, key or patient, label_name, split
 
 
 def _damaged(path: Path, why: str) -> UserError:
@@ -273,4 +279,11 @@ def _read_table(path: Path, manifest: Manifest, images: NDArray[np.uint8]) -> Sh
         label=np.frombuffer(label, dtype=np.int64),
         split=np.array(SPLITS)[np.frombuffer(split, dtype=np.int8)],
         classes=dict(manifest.classes),
+        keys=_keys(numbers),
     )
+
+
+def _keys(table_names: Iterable[str]) -> NDArray[np.bytes_] | None:
+    # A keyed hash has 32 digits, and may by chance have no letter.
+    keys = [b"" if n.isdecimal() and len(n) < 20 else n.encode() for n in table_names]
+    return np.array(keys) if any(keys) else None

@@ -56,7 +56,17 @@ def test_opaque_patient_keys_of_another_writer_are_numbered(tmp_path: Path) -> N
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["sha256"]["table.csv"] = hashlib.sha256(text.encode()).hexdigest()
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    assert open_shard(directory).patient.tolist() == [0, 1, 0, 2, 3, 3]
+    opened = open_shard(directory)
+    assert opened.patient.tolist() == [0, 1, 0, 2, 3, 3]
+    assert opened.keys is not None
+    assert opened.keys.tolist() == [b"x-17", b"", b"", b""]
+    again = open_shard(write_shard(tmp_path / "again", opened))
+    assert again.keys is not None
+    assert again.keys.tolist() == opened.keys.tolist()
+
+
+def test_a_shard_of_plain_numbers_names_nobody_beyond_itself(tmp_path: Path) -> None:
+    assert open_shard(write_shard(tmp_path / "s", small_shard())).keys is None
 
 
 def test_writing_replaces_the_shard_of_that_name_and_leaves_nothing_beside(tmp_path: Path) -> None:
