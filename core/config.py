@@ -122,7 +122,8 @@ class OptimConfig(Strict):
     batch_size: Annotated[int, Field(ge=2)] = 56
     """Images a step and site, split evenly over the modalities that the site holds."""
     learning_rate: Positive = 2e-3
-    """For 256 images a step; scaled linearly with `batch_size`."""
+    """For 256 images a step; scaled linearly with `batch_size`. Under record-mode privacy a step
+    takes patients: with `privacy.expected_patients`."""
     final_learning_rate: NonNegative = 1e-6
     warmup: Share = 0.1
     """Share of all steps with rising learning rate."""
@@ -133,7 +134,7 @@ class OptimConfig(Strict):
     ema_momentum: Share = 0.97
     """At the first step; rises to 1 by a cosine. 1 freezes the teacher."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU and on a CPU with bf16 units, else fp32."""
+    """auto: bf16 on a GPU and on a CPU with bf16 units, else fp32. Record-mode privacy is fp32."""
 
 
 class FederationConfig(Strict):

@@ -19,9 +19,13 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up from 0, then a cosine to the final rate; scaled with batch_size / 256."""
-    optim = recipe.optim
-    peak = optim.learning_rate * optim.batch_size / 256
+    """Linear warm-up from 0, then a cosine to the final rate; scaled with batch_size / 256.
+
+    Under record-mode privacy a step's images are `privacy.expected_patients` patients instead.
+    """
+    optim, privacy = recipe.optim, recipe.privacy
+    size = privacy.expected_patients if privacy.mode == "record" else optim.batch_size
+    peak = optim.learning_rate * size / 256
     warmup_steps = round(optim.warmup * recipe.total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

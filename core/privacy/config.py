@@ -102,6 +102,11 @@ def _record(recipe: "Recipe") -> list[tuple[bool, str]]:
             "needs model.drop_path = 0: dropped paths under per-patient gradients are not tested",
         ),
         (
+            recipe.optim.precision == "bf16",
+            "needs optim.precision = 'fp32' or 'auto', which is fp32 here: how bf16 rounds a "
+            "patient's values may hang on who else is computed with it",
+        ),
+        (
             recipe.privacy.prototype_releases > recipe.federation.rounds,
             "has more prototype_releases than rounds",
         ),

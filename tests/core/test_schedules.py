@@ -1,6 +1,7 @@
 import pytest
 
 from core.config import Recipe
+from core.privacy.config import PrivacyConfig
 from core.schedules import ema_momentum, learning_rate, teacher_temperature, weight_decay
 
 RECIPE = Recipe.model_validate_json(
@@ -14,6 +15,13 @@ def test_learning_rate_warms_up_to_the_scaled_peak_and_falls_by_a_cosine() -> No
     assert learning_rate(RECIPE, 9) == pytest.approx(0.002)
     assert learning_rate(RECIPE, 10) == pytest.approx(0.002)
     assert learning_rate(RECIPE, 99) == pytest.approx(1e-6)
+
+
+def test_under_record_privacy_the_rate_is_scaled_by_the_expected_patients() -> None:
+    private = RECIPE.model_copy(
+        update={"privacy": PrivacyConfig(mode="record", expected_patients=512)}
+    )
+    assert learning_rate(private, 9) == pytest.approx(0.008)
 
 
 def test_weight_decay_rises_from_first_to_last_value() -> None:

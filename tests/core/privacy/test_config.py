@@ -35,6 +35,7 @@ def test_proven_recipes_are_read():
         ("evaluation", {"every_rounds": 1}, "figures on a site's own labels leave without"),
         ("memory", {"at_round_start": "refilled"}, "refilling embeds patients"),
         ("model", {"drop_path": 0.1}, "dropped paths"),
+        ("optim", {"precision": "bf16"}, "how bf16 rounds a patient's values may hang on"),
         ("privacy", {"prototype_releases": 9}, "more prototype_releases than rounds"),
     ],
 )
