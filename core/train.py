@@ -118,7 +118,7 @@ def train(
     sums: dict[str, Tensor] = {}
     for done in range(1, steps + 1):
         step = state.step
-        _schedule(state.optimizer, recipe, step)
+        set_rates(state.optimizer, recipe, step)
         temperature = teacher_temperature(recipe, step)
         total = torch.zeros((), device=device)
         current = batches(step)
@@ -158,10 +158,7 @@ def train(
         torch.autograd.backward(total)
         _clip_each(parameters, recipe.optim.clip_norm)
         state.optimizer.step()
-        momentum = ema_momentum(recipe, step)
-        with torch.no_grad():
-            averaged: list[Tensor] = list(state.teacher.parameters())
-            torch._foreach_lerp_(averaged, list[Tensor](parameters), 1 - momentum)
+        follow(state, ema_momentum(recipe, step))
         for batch, embeddings in writes:  # after the loss: a batch never meets itself
             state.bank.write(batch.modality, embeddings, batch.patients)
         state.step += 1
@@ -214,7 +211,7 @@ def _embed(state: TrainState, views: Views) -> tuple[Tensor, Tensor]:
 
 
 def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW in groups of one decay and layer scale; `lr_scale` and `decays` steer `_schedule`."""
+    """AdamW in groups of one decay and layer scale; `lr_scale` and `decays` steer `set_rates`."""
     depth = len(student.backbone.blocks)  # type: ignore[arg-type]
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
@@ -230,11 +227,19 @@ def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(table, lr=0.0, weight_decay=0.0, fused=True)
 
 
-def _schedule(optimizer: torch.optim.AdamW, recipe: Recipe, step: int) -> None:
+def set_rates(optimizer: torch.optim.AdamW, recipe: Recipe, step: int) -> None:
+    """Set the learning rate and weight decay of a global step."""
     rate, decay = learning_rate(recipe, step), weight_decay(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
         group["weight_decay"] = decay if group["decays"] else 0.0
+
+
+def follow(state: TrainState, momentum: float) -> None:
+    """Move the teacher towards the student."""
+    with torch.no_grad():
+        averaged: list[Tensor] = list(state.teacher.parameters())
+        torch._foreach_lerp_(averaged, list[Tensor](state.student.parameters()), 1 - momentum)
 
 
 def _clip_each(parameters: Sequence[torch.nn.Parameter], limit: float) -> None:
