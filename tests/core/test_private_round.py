@@ -13,10 +13,12 @@ from core.errors import UserError
 from core.initial import initial_state
 from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
+from core.privacy.accounting import round_events
+from core.privacy.memory import comparisons, public_memory
 from core.privacy.noise import PrivateRandom
 from core.privacy.sampling import Patients
 from core.privacy.step import PrivateOptimizer
-from core.private_round import add_patients, comparisons, private_round, public_memory
+from core.private_round import add_patients, private_round
 from core.shards import Shard
 from core.train import load_network, new_state
 from core.wire import GlobalState, Prototypes
@@ -103,7 +105,9 @@ def test_a_round_takes_as_many_noisy_steps_as_it_is_charged_for_whoever_is_drawn
     done: list[int] = []
     _, private = one_round(config, on_step=lambda step, steps, loss: done.append(step))
     size = sum(array.size for array in initial_state(config).student.values())
-    assert sum(drawn) == 4 * size  # one draw a weight and step
+    (charged,) = round_events(config, 1)
+    assert (charged.steps, charged.sampling_rate, charged.sigma) == (4, rate, 1.0)
+    assert sum(drawn) == charged.steps * size  # one draw a weight and step
     assert done == [1, 2, 3, 4]
     assert {int(a) for name, a in private.items() if "/step/" in name} == {4}
 

@@ -1,0 +1,58 @@
+"""What stands in for the memory bank, made of what is public or was released."""
+
+from collections.abc import Mapping
+
+import torch
+
+from core.config import Recipe
+from core.losses import centre, random_blocks
+from core.modalities import MODALITIES
+from core.phantoms import make_phantoms
+from core.privacy.unit import Comparison, PublicMemory
+from core.randomness import torch_generator
+from core.schedules import teacher_temperature
+from core.train import Batch, TrainState, embed_global
+from core.wire import Prototypes
+
+
+def public_memory(
+    recipe: Recipe, state: TrainState, modality: int, received: Prototypes
+) -> PublicMemory:
+    """What stands in for the memory bank: a function of the recipe and the received state alone.
+
+    Random unit vectors, or phantoms as the received teacher embeds them, and the prototypes that
+    were received.
+    """
+    name, entries = MODALITIES[modality], recipe.memory.entries_per_modality
+    rows = state.bank.embeddings[modality]
+    if recipe.privacy.memory == "phantoms":
+        drawn = make_phantoms(
+            name, patients=entries, images_per_patient=1, px=recipe.images.px, seed=recipe.seed
+        )
+        images = torch.from_numpy(drawn.images).permute(0, 3, 1, 2)
+        rows = torch.cat([
+            embed_global(
+                state, Batch(modality, part, torch.arange(len(part))), recipe, "anchors", number
+            )
+            for number, part in enumerate(torch.split(images, recipe.optim.batch_size))
+        ])  # fmt: skip
+    mean = rows.mean(0) if recipe.memory.centred else None
+    if (prototypes := received.centroids.get(name)) is not None:
+        rows = torch.cat([rows, torch.from_numpy(prototypes).to(rows.device)])
+    return PublicMemory(rows if mean is None else centre(rows, mean), mean)
+
+
+def comparisons(
+    recipe: Recipe, memories: Mapping[int, PublicMemory], site: str, step: int
+) -> dict[int, Comparison]:
+    """Cut each modality's memory into the blocks of a step."""
+    cut = {
+        modality: random_blocks(
+            len(memory.entries),
+            recipe.memory.blocks,
+            torch_generator(recipe.seed, site, "blocks", step, MODALITIES[modality]),
+        )
+        for modality, memory in memories.items()
+    }
+    own, teachers = recipe.loss.student_temperature, teacher_temperature(recipe, step)
+    return {m: Comparison(memory, cut[m], own, teachers) for m, memory in memories.items()}
