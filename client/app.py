@@ -30,14 +30,14 @@ from pydantic import ValidationError
 
 from client.audit import Audit
 from client.egress import hold_evaluation, hold_query, hold_training
-from client.policy import NotNow, Refusal, check_bundle, check_hours
+from client.policy import NotNow, Refusal, check_bundle, check_evaluation, check_hours
 from client.rounds import Request, answer
 from client.site import SiteConfig, load_site
 from core.checkpoint import Arrays
 from core.config import recipe_from_json
 from core.errors import UserError
 from core.npy import NotAnArray, read_npy
-from core.wire import NOT_NOW, EvaluationRequest
+from core.wire import EPSILON, NOT_NOW, EvaluationRequest
 
 LOG = logging.getLogger("fedmermed.site")
 CLIENT_APP_ERROR = 2
@@ -130,7 +130,8 @@ def _train(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
         hold_training(site.policy, request.recipe, request.arrays, content)
     audit.write(
         "out", "train", "trained and sent" if trained else "stored reply sent again",
-        arrays=arrays, scalars=dict(metrics), seconds=time.monotonic() - started,
+        arrays=arrays, scalars=dict(metrics), epsilon=update.metrics.get(EPSILON),
+        seconds=time.monotonic() - started,
     )  # fmt: skip
     return content
 
@@ -144,6 +145,7 @@ def _evaluate(message: Message, site: SiteConfig, audit: Audit) -> RecordDict:
     with _failure_audited(audit, "evaluate"):
         check_bundle(site.policy, audit.bundle)
         check_hours(site.policy)
+        check_evaluation(site.policy)
         from client.evaluation import measure  # imports torch
 
         reply = measure(site, request, arrays)

@@ -50,6 +50,7 @@ class Audit:
         *,
         arrays: Arrays | None = None,
         scalars: dict[str, Any] | None = None,
+        epsilon: float | None = None,
         seconds: float = 0.0,
     ) -> None:
         """Append one line and sync it to disk before the message goes on.
@@ -60,9 +61,9 @@ class Audit:
             decision: What was done with it, in words.
             arrays: What the message carries, under wire names.
             scalars: Numbers and notes the message carries, under wire names.
+            epsilon: What the study has spent with this message, at the recipe's delta; None: it
+                has no record privacy.
             seconds: How long the site worked on it.
-
-        A line's `epsilon` is what the message spends of a privacy budget; null: there is none.
         """
         arrays = arrays or {}
         line = {
@@ -77,7 +78,7 @@ class Audit:
             "bytes": sum(array.nbytes for array in arrays.values()),
             "sha256": sha256_arrays(arrays) if arrays else "",
             "scalars": scalars or {},
-            "epsilon": None,
+            "epsilon": epsilon,
             "seconds": round(seconds, 3),
         }
         append(self.directory, line)

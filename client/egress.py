@@ -12,6 +12,8 @@ just before it leaves, and knows nothing of how it was made.
       as long as the recipe says, and each of at least the stricter minimum of patients.
     - Metrics are numbers whose names are on the closed list; if the policy sends none, round and
       numbers of images alone. Numbers of images are of allowed modalities.
+    - With record privacy metrics are exactly the round, the numbers of images that the policy
+      declares in public, and epsilon; prototypes are there only in the rounds that release them.
     - An evaluation's figures are there only if the policy sends metrics, of allowed modalities;
       score histograms only if it sends those, with no count below the patients it asks for but
       0. Notes are short lines of printable text.
@@ -19,7 +21,7 @@ just before it leaves, and knows nothing of how it was made.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -29,8 +31,10 @@ from client.policy import Policy, PolicyRefusal
 from core.checkpoint import Arrays
 from core.config import Recipe
 from core.evaluation.pooled import Bins, Counts
+from core.privacy.accounting import releases_prototypes
 from core.wire import (
     COUNTS,
+    EPSILON,
     HISTOGRAM,
     NUM_EXAMPLES,
     PROTOTYPES,
@@ -57,13 +61,21 @@ def cut(policy: Policy, recipe: Recipe, update: SiteUpdate) -> SiteUpdate:
         if enough.any():
             prototypes.centroids[modality] = update.prototypes.centroids[modality][enough]
             prototypes.counts[modality] = counts[enough]
+    private = recipe.privacy.mode == "record"
     metrics = {n: v for n, v in update.metrics.items() if metric_is_declared(n)}
+    if private or not policy.send_metrics:  # epsilon is a fact about the recipe, not about images
+        metrics = {n: v for n, v in metrics.items() if private and n == EPSILON}
     return replace(
         update,
         teacher=update.teacher if recipe.federation.teacher == "average" else {},
         prototypes=prototypes,
-        metrics=metrics if policy.send_metrics else {},
+        num_examples=_declared(policy, update.num_examples) if private else update.num_examples,
+        metrics=metrics,
     )
+
+
+def _declared(policy: Policy, modalities: Iterable[str]) -> dict[str, int]:
+    return {m: policy.declared_images[m] for m in modalities}
 
 
 def hold_training(policy: Policy, recipe: Recipe, sent: Arrays, content: RecordDict) -> RecordDict:
@@ -88,13 +100,29 @@ def hold_training(policy: Policy, recipe: Recipe, sent: Arrays, content: RecordD
         _check(name in sent and not teacher, "an array's name")
         _check(tuple(array.shape) == sent[name].shape, "an array's shape")
     _check_prototypes(policy, recipe, arrays)
+    private = recipe.privacy.mode == "record"
+    if private:
+        _check_private(policy, recipe, content)
     for name, value in metrics.items():
         _check(metric_is_declared(name) and _is_number(value), "a metric's name or type")
         modality = name.partition("/")[2]
-        needed = name == ROUND or name.startswith(NUM_EXAMPLES)
+        needed = name == ROUND or name.startswith(NUM_EXAMPLES) or private
         _check(needed or policy.send_metrics, "a metric, as the policy sends none")
         _check(not modality or modality in policy.allowed_modalities, "a metric's modality")
     return content
+
+
+def _check_private(policy: Policy, recipe: Recipe, content: RecordDict) -> None:
+    """Nothing computed from data but what was noised."""
+    metrics = dict(content.metric_records["metrics"])
+    number, epsilon = metrics.pop(ROUND, None), metrics.pop(EPSILON, None)
+    _check(type(number) is int and type(epsilon) is float, "the round or epsilon")
+    named = {name.removeprefix(NUM_EXAMPLES): value for name, value in metrics.items()}
+    _check(all(policy.declared_images.get(m) == n for m, n in named.items()), "a private metric")
+    assert isinstance(number, int)
+    arrays = content.array_records["arrays"]
+    prototypes = any(name.startswith((PROTOTYPES, COUNTS)) for name in arrays)
+    _check(not prototypes or releases_prototypes(recipe, number), "prototypes in this round")
 
 
 def _check_prototypes(policy: Policy, recipe: Recipe, arrays: ArrayRecord) -> None:

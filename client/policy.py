@@ -4,8 +4,11 @@
     - Nothing is trained or measured outside the hours; the refusal says when they begin again.
     - No message of a run with another bundle than the allowed ones is answered, nor one whose
       bundle is not known.
-    - A study is refused that has more rounds, another privacy mode, no bound on epsilon where one
-      is asked for, or a modality that is not allowed or has too few images or patients.
+    - A study is refused that has more rounds, another privacy mode than one that is asked for, no
+      record privacy where epsilon is bounded, or a modality that is not allowed or has too few
+      images or patients.
+    - With record privacy no number of images or patients is in a refusal, and a modality whose
+      public number is not declared is refused. Where it is asked for, nothing is measured.
     - A reply that was trained under an earlier policy is held against this one before it is sent.
 """
 
@@ -19,7 +22,8 @@ from client.hours import check_window, opens_at
 from core.config import Recipe
 from core.errors import UserError
 from core.modalities import MODALITIES
-from core.strict import Strict
+from core.privacy.config import Delta
+from core.strict import Count, Positive, Strict
 
 SHA256: Final = r"^[0-9a-f]{64}$"
 
@@ -56,8 +60,14 @@ class Policy(Strict):
     """Local time at which a round or an evaluation may begin; empty: always. See client.hours."""
     privacy: Literal["none", "record", "site"] = "none"
     """The mode of differential privacy that a study must have; none: it need have none."""
-    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Most epsilon that a study may spend; a study that states none is then refused."""
+    max_epsilon: Positive | None = None
+    """Most epsilon that this site's patients may spend, over all studies together (see
+    client.spending); a study without record privacy is then refused."""
+    delta: Delta = 1e-5
+    """The delta of `max_epsilon`: below one over the number of patients."""
+    declared_images: dict[Annotated[str, AfterValidator(_known)], Count] = Field(default={})
+    """Modality -> a number of images that is no secret. With record privacy it leaves in place of
+    the true one, which is a fact about patients."""
     allowed_apps: tuple[Annotated[str, Field(pattern=SHA256)], ...] = ()
     """sha256 of the bundles whose runs are answered; empty: any, as none of them is ever run."""
     send_metrics: bool = True
@@ -127,33 +137,67 @@ def approve(
         )
     if not 1 <= round_number <= rounds:
         raise PolicyRefusal(f"round {round_number} is not one of the recipe's rounds 1 to {rounds}")
-    _check_privacy(policy)
+    _check_privacy(policy, recipe.privacy.mode)
     if not images:
         raise PolicyRefusal("this site has no training images")
     for modality in images:
-        _check_modality(policy, modality, images[modality], patients.get(modality, 0))
+        _check_modality(policy, modality)
+        few = images[modality] < policy.min_images
+        if recipe.privacy.mode == "record":
+            few = few or patients.get(modality, 0) < policy.min_patients
+            _check_record(policy, modality, few=few)
+        else:
+            _check_numbers(policy, modality, images[modality], patients.get(modality, 0))
     minimum = max(recipe.federation.prototype_min_patients, policy.min_patients_per_prototype)
     federation = recipe.federation.model_copy(update={"prototype_min_patients": minimum})
     return recipe.model_copy(update={"federation": federation})
 
 
-def _check_privacy(policy: Policy) -> None:
-    """This version's recipes have no differential privacy: whoever asks for it is not served."""
-    if policy.privacy != "none":
+def check_evaluation(policy: Policy) -> None:
+    """Hold that figures on this site's own labels may be made.
+
+    Raises:
+        PolicyRefusal: they may not.
+    """
+    if policy.privacy == "record":
+        raise PolicyRefusal(
+            "this site's policy asks for record privacy; figures on its own labels would leave "
+            "without noise"
+        )
+
+
+def _check_privacy(policy: Policy, mode: str) -> None:
+    if policy.privacy not in ("none", mode):
         raise PolicyRefusal(
             f"this site's policy asks for differential privacy of mode '{policy.privacy}'; the "
-            "recipe has none"
+            f"recipe has {mode if mode == 'none' else repr(mode)}"
         )
-    if policy.max_epsilon is not None:
+    if policy.max_epsilon is not None and mode != "record":
         raise PolicyRefusal(
             f"this site's policy allows an epsilon of at most {policy.max_epsilon:g}; the recipe "
-            "states none, so nothing bounds it"
+            "has no record privacy, so nothing at this site bounds it"
         )
 
 
-def _check_modality(policy: Policy, modality: str, images: int, patients: int) -> None:
+def _check_modality(policy: Policy, modality: str) -> None:
     if modality not in policy.allowed_modalities:
         raise PolicyRefusal(f"this site's policy does not allow training on '{modality}'")
+
+
+def _check_record(policy: Policy, modality: str, *, few: bool) -> None:
+    """The text leaves, and true numbers are facts about patients."""
+    if few:
+        raise PolicyRefusal(
+            f"this site has fewer images or patients of '{modality}' than its policy asks for"
+        )
+    if modality not in policy.declared_images:
+        raise PolicyRefusal(
+            f"a study with record privacy needs a public number of images of '{modality}'; this "
+            "site's policy has none in declared_images"
+        )
+
+
+def _check_numbers(policy: Policy, modality: str, images: int, patients: int) -> None:
     if images < policy.min_images:
         raise PolicyRefusal(
             f"this site has {images} training images of '{modality}', fewer than the "

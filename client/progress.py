@@ -78,16 +78,17 @@ class ProgressFile:
         except OSError as error:  # no reason for a round to fail
             LOG.warning("'%s' cannot be written: %s", self._file, error)
 
-    def end(self) -> None:
-        """The round is stored."""
-        self._file.unlink(missing_ok=True)
-
     def _gpu_bytes(self) -> int | None:
         if not self._on_gpu:
             return None
         import torch
 
         return int(torch.cuda.max_memory_allocated())
+
+
+def end_progress(directory: Path) -> None:
+    """The round is stored."""
+    (directory / FILE).unlink(missing_ok=True)
 
 
 def read_progress(directory: Path) -> Progress | None:

@@ -3,21 +3,23 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from client.egress import cut
-from client.holdings import training_images, training_patients
 from client.policy import Refusal, approve
-from client.progress import ProgressFile
+from client.progress import ProgressFile, end_progress
 from client.site import SiteConfig
-from client.state import StoredReply, open_state
+from client.spending import Spending
+from client.state import SiteState, StoredReply, open_state
 from core.checkpoint import Arrays, sha256_arrays
 from core.config import Recipe
-from core.sites import open_site
+from core.shards import Shard
+from core.sites import open_site, training_images, training_patients
 from core.transport import TransportError, pack_update, unpack_state
 from core.wire import (
     COUNTS,
+    EPSILON,
     PROTOTYPES,
     SCALES,
     STUDENT,
@@ -77,42 +79,60 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
     _check(request)
     received = sha256_arrays(request.arrays)
     state = open_state(site.state_path, request.study)
+    policy, number = site.policy, request.round_number
+    spending = Spending(policy, request.recipe, request.study, number, site.state_path)
     with state.locked():
-        policy, number = site.policy, request.round_number
+        spending.recover(state)
         if (stored := state.stored_reply(number, received)) is not None:
             images = stored.update.num_examples
             recipe = approve(policy, request.recipe, number, images, stored.patients)
+            spending.hold_stored(stored.update.to_arrays())
             return cut(policy, recipe, stored.update), False
         if time.time() > request.expires:  # it waited here while an earlier round was trained
             raise Refusal(f"round {number} was over before this site could begin with it")
+        spending.hold_new()
         shards = [shard for path in site.shard_paths for shard in open_site(path)]
         images, patients = training_images(shards), training_patients(shards)
         recipe = approve(policy, request.recipe, number, images, patients)
-        # torch takes seconds to import: a query, a refusal or a stored reply needs none of it.
-        import torch
-
-        from core.site_round import resolve_device, site_round
-
-        if site.threads:
-            torch.set_num_threads(site.threads)
-        device = resolve_device(site.device)
-        progress = ProgressFile(
-            state.directory, number, recipe.federation.local_steps, recipe.optim.batch_size, device
-        )
-        update, private = site_round(
-            recipe,
-            GlobalState.from_arrays(request.unpacked()),
-            shards,
-            state.private(),
-            site=site.name,
-            first_step=request.step,
-            device=device,
-            on_step=_progress(site.name, number, progress),
-        )
+        update, private = _train(site, request, recipe, shards, state)
+        if spending.private:
+            update = replace(update, metrics={EPSILON: spending.epsilon_after()})
         update = cut(policy, recipe, update)
-        state.commit(number, received, StoredReply(update, patients), private)
-        progress.end()
+        charge = spending.charge if spending.private else None
+        state.commit(number, received, StoredReply(update, patients), private, charge)
+        end_progress(state.directory)
     return update, True
+
+
+def _train(
+    site: SiteConfig, request: Request, recipe: Recipe, shards: Sequence[Shard], state: SiteState
+) -> tuple[SiteUpdate, Arrays]:
+    # torch takes seconds to import: a query, a refusal or a stored reply needs none of it.
+    import torch
+
+    from core.private_round import private_round
+    from core.site_round import resolve_device, site_round
+
+    if site.threads:
+        torch.set_num_threads(site.threads)
+    device = resolve_device(site.device)
+    number = request.round_number
+    progress = ProgressFile(
+        state.directory, number, recipe.federation.local_steps, recipe.optim.batch_size, device
+    )
+    received = GlobalState.from_arrays(request.unpacked())
+    private = recipe.privacy.mode == "record"
+    on_step = _progress(site.name, number, progress, private=private)
+    if private:
+        return private_round(
+            recipe, received, shards, state.private(), site=site.name,
+            declared=site.policy.declared_images, first_step=request.step, device=device,
+            on_step=on_step,
+        )  # fmt: skip
+    return site_round(
+        recipe, received, shards, state.private(), site=site.name, first_step=request.step,
+        device=device, on_step=on_step,
+    )  # fmt: skip
 
 
 def _check(request: Request) -> None:
@@ -130,11 +150,13 @@ def _check(request: Request) -> None:
 
 
 def _progress(
-    site: str, round_number: int, file: ProgressFile
+    site: str, round_number: int, file: ProgressFile, *, private: bool
 ) -> Callable[[int, int, float], None]:
     def on_step(done: int, steps: int, loss: float) -> None:
+        # Poisson sampling may draw no patient; without record privacy, NaN is a broken model.
+        words = "no patient drawn" if math.isnan(loss) and private else f"loss {loss:.3f}"
         LOG.info(
-            "site %s, round %d: step %d of %d, loss %.3f", site, round_number, done, steps, loss,
+            "site %s, round %d: step %d of %d, %s", site, round_number, done, steps, words,
             extra={"step": (site, round_number, done, loss)},
         )  # fmt: skip
         file.step(done, loss)

@@ -5,12 +5,16 @@ STATE/<study>/round-0007/   private.safetensors (optimiser moments, memory bank)
 STATE/<study>/progress.json while a round trains, see client.progress
 A round's directory appears by one rename, complete; the one before goes after that. Private arrays
 hold patient embeddings and never leave the site.
+
+A round that costs of a privacy budget is charged when its directory lies complete and synced under
+another name. Killed between the charge and the rename, the next look renames it: the noise of that
+reply is paid for, and a second training would draw, and cost, another one.
 """
 
 import fcntl
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +26,12 @@ from core.checkpoint import (
     load_arrays,
     read_json,
     save_arrays,
+    sha256_arrays,
+    sync_directory,
+    sync_tree,
     write_json,
 )
+from core.errors import UserError
 from core.wire import GlobalState, SiteUpdate
 
 STUDY_ID = re.compile(r"[0-9a-f]{8,64}")
@@ -95,10 +103,25 @@ class SiteState:
         last = self.last_round()
         return load_arrays(self._round(last) / "private.safetensors")[0] if last else {}
 
-    def commit(self, round_number: int, received: str, reply: StoredReply, private: Arrays) -> None:
-        """Store a trained round in one step, then drop older ones."""
+    def commit(
+        self,
+        round_number: int,
+        received: str,
+        reply: StoredReply,
+        private: Arrays,
+        charge: Callable[[str], None] | None = None,
+    ) -> None:
+        """Store a trained round in one step, then drop older ones.
+
+        Args:
+            round_number: The round.
+            received: Digest of the arrays that came with it.
+            reply: What is to leave.
+            private: What is to stay.
+            charge: Pays for the reply of this digest; what it raises leaves the round untrained.
+        """
         update = reply.update
-        aside = self.directory / f".round-{round_number:04d}.partial"
+        aside = self._aside(round_number)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_arrays(aside / "private.safetensors", private)
@@ -110,6 +133,31 @@ class SiteState:
             "patients": reply.patients,
         }
         write_json(aside / "reply.json", facts)
+        if charge is not None:
+            sync_tree(aside)
+            sync_directory(self.directory)
+            charge(sha256_arrays(update.to_arrays()))
+        self._finish(aside, round_number)
+
+    def recover(self, charged: Callable[[int], Collection[str]]) -> None:
+        """Finish the commit of a round that was charged before the process died.
+
+        Args:
+            charged: Round -> digests of the replies that were paid for.
+        """
+        for aside in sorted(self.directory.glob(".round-*.partial")):
+            number = int(aside.name.removeprefix(".round-").removesuffix(".partial"))
+            if number <= self.last_round():
+                continue
+            try:
+                arrays, _ = load_arrays(aside / "reply.safetensors")
+                read_json(aside / "reply.json")
+            except UserError:  # killed while it was written, so before it was charged
+                continue
+            if sha256_arrays(arrays) in charged(number):
+                self._finish(aside, number)
+
+    def _finish(self, aside: Path, round_number: int) -> None:
         commit_directory(aside, self._round(round_number))
         for number in self._rounds():
             if number < round_number:
@@ -121,6 +169,9 @@ class SiteState:
 
     def _rounds(self) -> list[int]:
         return [int(path.name.removeprefix("round-")) for path in self.directory.glob("round-*")]
+
+    def _aside(self, number: int) -> Path:
+        return self.directory / f".round-{number:04d}.partial"
 
     def _round(self, number: int) -> Path:
         return self.directory / f"round-{number:04d}"

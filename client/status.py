@@ -46,7 +46,7 @@ class StudyStatus:
     """Of their arrays."""
     refused: int = 0
     epsilon: float | None = None
-    """Spent; None: the study has no privacy budget."""
+    """Spent in this study; None: it has no record privacy."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _take(entry: Entry, studies: dict[str, StudyStatus], refusals: list[Refused]
     if message == "train" and number > study.last_round:  # one sent again is the same round
         study.rounds, study.last_round = study.rounds + 1, number
     if isinstance(entry.get("epsilon"), int | float):
-        study.epsilon = (study.epsilon or 0.0) + entry["epsilon"]
+        study.epsilon = float(entry["epsilon"])
 
 
 def _training(state: Path) -> dict[str, Progress]:

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from core.checkpoint import Arrays
 from core.config import Recipe
 from core.modalities import MODALITIES
+from core.privacy.accounting import releases_prototypes
 from core.wire import (
     COUNTS,
+    EPSILON,
     METRICS,
     NUM_EXAMPLES,
     PROTOTYPES,
@@ -70,6 +72,9 @@ def admit(
           a modality's counts sum to no more than the entries of the memory they are made of.
         - Numbers of examples are whole, between 1 and `max_examples`, one modality at the least.
         - Metrics are on the closed list, finite, and within the range of each.
+        - With record privacy (core/privacy) it holds nothing else than round, numbers of examples,
+          epsilon, weights, and prototypes in the rounds that release them; their noised counts may
+          be larger than the true ones, up to `max_examples`.
     """
     try:
         _check_round(metrics, round_number)
@@ -95,6 +100,8 @@ def admit(
         _check_distance("student", update.student, reference.student, limit)
         if update.teacher:
             _check_distance("teacher", update.teacher, reference.teacher, limit)
+        if recipe.privacy.mode == "record":
+            _check_private(update, recipe)
         _check_prototypes(update, recipe)
     except _Bad as bad:
         reason = f"site '{site}', round {round_number}: {printable(str(bad))}; update rejected"
@@ -214,6 +221,15 @@ def _squares(array: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     return float(np.square(array).sum())
 
 
+def _check_private(update: SiteUpdate, recipe: Recipe) -> None:
+    """A site that sends more than was noised is told so, and what it sent is not used."""
+    if other := sorted(set(update.metrics) ^ {EPSILON}):
+        wrong = "too much" if other[0] in update.metrics else "missing"
+        raise _Bad(f"record privacy lets metric '{EPSILON}' leave alone; '{other[0]}' is {wrong}")
+    if update.prototypes.counts and not releases_prototypes(recipe, update.round_number):
+        raise _Bad("with record privacy this round releases no prototypes, and some were sent")
+
+
 def _check_prototypes(update: SiteUpdate, recipe: Recipe) -> None:
     centroids, counts = update.prototypes.centroids, update.prototypes.counts
     if odd := sorted(set(centroids) ^ set(counts)):
@@ -231,14 +247,15 @@ def _check_prototypes(update: SiteUpdate, recipe: Recipe) -> None:
             raise _Bad(f"counts of {shown} have shape {patients.shape}, expected ({len(rows)},)")
         if np.abs(np.linalg.norm(rows.astype(np.float64), axis=1) - 1).max() > UNIT_TOLERANCE:
             raise _Bad(f"{shown}: rows are not of unit length")
-        images = update.num_examples[modality]
+        images, slots = update.num_examples[modality], recipe.memory.entries_per_modality
+        if recipe.privacy.mode == "record":  # of all patients, and noised
+            images = slots = federation.max_examples
         if patients.min() < fewest or patients.max() > images:
             raise _Bad(
                 f"counts of {shown} range from {patients.min():g} to {patients.max():g}, expected "
                 f"{fewest} patients at the least and no more than the {images} images"
             )
-        if (total := float(patients.sum(dtype=np.float64))) > recipe.memory.entries_per_modality:
+        if (total := float(patients.sum(dtype=np.float64))) > slots:
             raise _Bad(
-                f"counts of {shown} sum to {total:g}, more than the memory's "
-                f"{recipe.memory.entries_per_modality} entries"
+                f"counts of {shown} sum to {total:g}, more than the memory's {slots} entries"
             )

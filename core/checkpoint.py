@@ -61,13 +61,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def commit_directory(aside: Path, final: Path) -> None:
-    """Sync a finished directory and rename it into place as one step."""
-    for file in aside.rglob("*"):
+def sync_tree(directory: Path) -> None:
+    """Make a finished directory's files durable, and their names in it."""
+    for file in directory.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    sync_directory(aside)
+    sync_directory(directory)
+
+
+def commit_directory(aside: Path, final: Path) -> None:
+    """Sync a finished directory and rename it into place as one step."""
+    sync_tree(aside)
     if final.exists():
         shutil.rmtree(final)
     os.replace(aside, final)

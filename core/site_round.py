@@ -22,6 +22,7 @@ from core.prototypes import site_prototypes
 from core.randomness import numpy_generator
 from core.sampling import batch_share, draw
 from core.shards import Shard
+from core.sites import training_images
 from core.train import (
     Batch,
     OnStep,
@@ -120,7 +121,7 @@ def site_round(
         student=network_arrays(state.student),
         teacher=network_arrays(state.teacher) if recipe.federation.teacher == "average" else {},
         prototypes=prototypes,
-        num_examples=num_examples(shards),
+        num_examples=training_images(shards),
         metrics=metrics,
     )
     return update, private_arrays(state, keep_memory=recipe.memory.at_round_start == "kept")
@@ -165,11 +166,6 @@ class SiteData:
     def _read(self, index: int) -> NDArray[np.uint8]:
         shard = int(np.searchsorted(self.first, index, side="right")) - 1
         return np.asarray(self.shards[shard].images[index - self.first[shard]])
-
-
-def num_examples(shards: Sequence[Shard]) -> dict[str, int]:
-    """Training images of each modality that a site holds."""
-    return {MODALITIES[m]: len(pool) for m, pool in SiteData(shards).pools.items()}
 
 
 def resolve_device(name: str) -> str:

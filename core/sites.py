@@ -1,5 +1,7 @@
 """Whose shards are whose: a data directory read as sites."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -65,6 +67,24 @@ def open_sites(data: Path) -> dict[str, list[Shard]]:
 def sub_directories(directory: Path) -> list[Path]:
     """Where shards or sites may be: neither hidden directories nor reports of `prepare`."""
     return [p for p in sorted(directory.glob("[!.]*/")) if p.suffix != REPORT_SUFFIX]
+
+
+def training_images(shards: Sequence[Shard]) -> dict[str, int]:
+    """Modality -> images to train on."""
+    counts: Counter[int] = Counter()
+    for shard in shards:
+        counts.update(shard.modality[shard.split == "train"].tolist())
+    return {MODALITIES[modality]: counts[modality] for modality in sorted(counts)}
+
+
+def training_patients(shards: Sequence[Shard]) -> dict[str, int]:
+    """Modality -> patients of these images; one who is in two shards counts twice."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        for modality in training_images([shard]):
+            rows = (shard.modality == MODALITIES.index(modality)) & (shard.split == "train")
+            counts[modality] += len(set(shard.patient[rows].tolist()))
+    return dict(counts)
 
 
 def _npz_sites(files: list[Path]) -> dict[str, list[Shard]]:

@@ -221,9 +221,10 @@ def initialise(recipe: Recipe, run_dir: Path) -> Path:
     Raises:
         UserError: torch is not installed, or the directory holds another recipe.
     """
-    from server.study import initial_state
+    from server.study import initial_state, note_plan
 
     run = open_run(run_dir, recipe)
     with run.locked():
         run.load(lambda: initial_state(recipe))
+        note_plan(run_dir, recipe)
     return run.checkpoint_path(0)

@@ -1,6 +1,8 @@
 """The picture of a run: loss against its collapse line, and kNN AUROC, one column a modality."""
 
+from itertools import cycle
 from pathlib import Path
+from typing import Final
 
 import matplotlib
 
@@ -13,6 +15,9 @@ from server.summary import Series
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 LOSS, COLLAPSE, AUROC, CHANCE = "#0072B2", "#D55E00", "#009E73", "#767676"
+
+MOST_NAMES: Final = 12
+"""Of sites, in a legend."""
 
 
 def draw_picture(path: Path, title: str, loss: Series, ceiling: Series, auroc: Series) -> None:
@@ -47,6 +52,26 @@ def draw_picture(path: Path, title: str, loss: Series, ceiling: Series, auroc: S
     for row in axes:
         row[0].legend(fontsize=8, frameon=False, loc="best")
     figure.suptitle(f"{title}: global model over rounds (AUROC at 0: before training)", fontsize=12)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_epsilon(path: Path, title: str, epsilons: Series, delta: float) -> None:
+    """Draw a PNG of a study whose sites send no losses: what each has spent after each round."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for (site, points), marker in zip(epsilons.items(), cycle("os^Dv<>P"), strict=False):
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=site)
+    if not epsilons:
+        axis.text(0.5, 0.5, "the sites send no figures", ha="center", transform=axis.transAxes)
+    elif len(epsilons) <= MOST_NAMES:
+        axis.legend(fontsize=8, frameon=False)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("round")
+    axis.set_ylabel(f"epsilon spent, at delta {delta:g}")
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}: privacy of each site's patients", fontsize=12)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -1,6 +1,7 @@
 """Progress of a simulation: a bar on a terminal, plain lines elsewhere."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class _Handler(logging.Handler):
     def _step(self, site: str, round_number: int, step: int, loss: float) -> None:
         self._done += 1
         what = f"round {round_number}/{self._rounds} {site} step {step}/{self._steps}"
-        text = f"{what} loss {loss:.3f}"
+        text = what if math.isnan(loss) else f"{what} loss {loss:.3f}"
         self._bar.update(self._task, completed=self._done, description=text)
         if step == self._steps and not self._bar.console.is_terminal:
             self._say(f"{text}{self._time_left()}")

@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
 from core.shards import Shard, write_shard
-from core.sites import open_sites
+from core.sites import open_site, open_sites, training_images
 from server.engines import ENGINES, EngineName
 from server.history import open_run, read_history
 from server.progress import shown_progress
@@ -145,5 +145,8 @@ def write_site_file(out: Path, name: str, shards: Path, recipe: Recipe) -> Path:
         "\n[policy]\n"
         f"min_patients_per_prototype = {recipe.federation.prototype_min_patients}\n"
     )
+    if recipe.privacy.mode == "record":
+        declared = training_images(open_site(shards))
+        text += "".join(f"declared_images.{m} = {count}\n" for m, count in declared.items())
     write_atomically(file, text.encode())
     return file

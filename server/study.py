@@ -5,11 +5,14 @@ from pathlib import Path
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
+from core.checkpoint import write_json
 from core.config import Recipe
 from core.errors import UserError
-from core.wire import GlobalState
+from core.privacy.accounting import epsilon, study_events
+from core.wire import EPSILON, GlobalState
 from server.history import open_run
 from server.live import Live
+from server.overview_reader import PLAN
 from server.strategy import FederatedMemory
 
 
@@ -37,6 +40,7 @@ def run_study(
     """
     run = open_run(run_dir, recipe)
     with run.locked():
+        note_plan(run_dir, recipe)
         live = Live(run_dir, recipe.federation.rounds)  # until the strategy has its own
         try:
             # No name here for the checkpoint: the strategy lets go of it after a round.
@@ -63,6 +67,21 @@ def run_study(
         except BaseException:  # SIGTERM, by Flower's own handler, or Ctrl-C
             live.phase("stopped")
             raise
+
+
+def note_plan(run_dir: Path, recipe: Recipe) -> None:
+    """Write down what record privacy will have cost at the end, for those who look at the run.
+
+    The accountant needs torch: a server without leaves it out, unless the run came from `init`.
+    """
+    file = run_dir / PLAN
+    if recipe.privacy.mode == "none" or file.exists():
+        return
+    try:
+        planned = epsilon(study_events(recipe), recipe.privacy.delta)
+    except ModuleNotFoundError:
+        return
+    write_json(file, {EPSILON: planned, "delta": recipe.privacy.delta})
 
 
 def initial_state(recipe: Recipe) -> GlobalState:

@@ -14,11 +14,11 @@ from core.config import Recipe
 from core.errors import UserError
 from core.modalities import TITLES
 from core.sites import open_site
-from core.wire import GlobalState
+from core.wire import EPSILON, GlobalState
 from server.history import Line, read_history, read_recipe
 
 Series = dict[str, list[tuple[int, float]]]
-"""modality -> (round, value)"""
+"""modality or site -> (round, value)"""
 
 
 def summarise(
@@ -49,9 +49,13 @@ def summarise(
         auroc = {m: [(r - 1, v) for r, v in s] for m, s in series(lines, "knn_auroc").items()}
         for modality, value in final.items():
             auroc.setdefault(modality, []).append((len(lines), value))
-        from server.picture import draw_picture  # matplotlib takes a second to import
+        spent = site_epsilons(lines)
+        from server.picture import draw_epsilon, draw_picture  # matplotlib takes a second to import
 
-        draw_picture(out / "summary.png", recipe.name, loss, ceiling, auroc)
+        if loss or auroc:
+            draw_picture(out / "summary.png", recipe.name, loss, ceiling, auroc)
+        else:  # the sites keep what could be drawn, under record privacy or by their policies
+            draw_epsilon(out / "summary.png", recipe.name, spent, recipe.privacy.delta)
         summary = {
             "study": recipe.name,
             "engine": engine,
@@ -62,6 +66,11 @@ def summarise(
             "seconds": _seconds(lines) | {"final_evaluation": round(evaluation_seconds, 3)},
             "bytes_up": sum(line["bytes_up"] for line in lines),
             "bytes_down": sum(line["bytes_down"] for line in lines),
+            "privacy": {
+                "mode": recipe.privacy.mode,
+                "delta": recipe.privacy.delta,
+                "epsilon": {site: points[-1][1] for site, points in spent.items()},
+            },
             "alarms": [words for line in lines for words in line["alarms"]],
             "outliers": outlier_report(lines),
             "model": {"path": str(model), "sha256": digest} if digest else None,
@@ -69,6 +78,11 @@ def summarise(
         write_json(file, summary)
     summary = read_json(file)
     console.print(_table(summary))
+    for site, value in summary.get("privacy", {}).get("epsilon", {}).items():
+        console.print(
+            f"epsilon  {site} {value:.3f}, at delta {summary['privacy']['delta']:g}",
+            markup=False, highlight=False,
+        )  # fmt: skip
     for words in [*summary["alarms"], *summary.get("outliers", ())]:
         console.print(words, style="yellow", markup=False, soft_wrap=True)
     model_line = (
@@ -109,6 +123,16 @@ def series(lines: Sequence[Line], metric: str) -> Series:
         points = [(ln["round"], ln["metrics"][name]) for ln in lines if name in ln["metrics"]]
         if points:
             found[modality] = points
+    return found
+
+
+def site_epsilons(lines: Sequence[Line]) -> Series:
+    """Site -> (round, epsilon of the study as its ledger had it), under record privacy."""
+    found: Series = {}
+    for line in lines:
+        for site, outcome in sorted(line["sites"].items()):
+            if EPSILON in outcome.get("metrics", {}):
+                found.setdefault(site, []).append((line["round"], outcome["metrics"][EPSILON]))
     return found
 
 

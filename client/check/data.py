@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from client.check.findings import Finding, gigabytes, green, red, yellow
-from client.holdings import training_images, training_patients
 from client.policy import PolicyRefusal, approve
 from client.site import SiteConfig
+from client.spending import FILE as LEDGER
 from client.state import STUDY_ID, open_state
 from core.checkpoint import read_json
 from core.config import Recipe
 from core.errors import UserError
 from core.modalities import MODALITIES
+from core.privacy.accounting import epsilon, study_events
+from core.privacy.ledger import Ledger
 from core.shards import Shard, open_shard
-from core.sites import MAKE_SHARDS, sub_directories
+from core.sites import MAKE_SHARDS, sub_directories, training_images, training_patients
 
 SHOWN_STUDIES = 3
 
@@ -186,8 +188,31 @@ def budget(site: SiteConfig, recipe: Recipe | None) -> Finding:
         found.append("none used yet")
     if (rest := len(directories) - SHOWN_STUDIES) > 0:
         found.append(f"{rest} older studies")
-    found.append("no differential privacy: updates carry no noise, so there is no epsilon to spend")
     return green("; ".join(found), studies=len(directories))
+
+
+def privacy(site: SiteConfig, recipe: Recipe) -> Finding:
+    """What the recipe costs of the site's privacy budget, and whether it is there."""
+    mode, ceiling, delta = recipe.privacy.mode, site.policy.max_epsilon, site.policy.delta
+    if mode != "record":
+        return green("no record privacy: this site adds no noise, and no epsilon is spent")
+    ledger = Ledger(site.state_path / LEDGER)
+    spent = ledger.epsilon(delta)
+    after = epsilon([*ledger.events(), *study_events(recipe)], delta)
+    found = f"epsilon {spent:.2f} spent, {after:.2f} with all of this study, at delta {delta:g}"
+    if ceiling is None:
+        return yellow(
+            f"{found}; the policy sets no max_epsilon",
+            "Have your privacy office set max_epsilon in [policy]; see: fedmermed-site budget",
+        )
+    if after > ceiling:
+        left = ledger.rounds_left(recipe, 1, delta, ceiling)
+        return yellow(
+            f"{found}; the policy allows {ceiling:g}, which is enough for {left:,} of its "
+            f"{recipe.federation.rounds:,} rounds",
+            "Ask for a recipe with more noise or fewer rounds; see: fedmermed-site budget",
+        )
+    return green(f"{found}; the policy allows {ceiling:g}")
 
 
 def recipe_facts(recipe: Recipe) -> Finding:

@@ -39,6 +39,8 @@ def check_site(
         board.run("policy", data.policy, site, recipe, shards)
         board.run("patients", data.patients, site, recipe, shards)
     board.run("rounds left", data.budget, site, recipe)
+    if recipe:
+        board.run("privacy", data.privacy, site, recipe)
     _coordinator(board, site.coordinator)
     _machine(board, site_file, site, recipe, whole=whole)
     return recipe

@@ -16,6 +16,7 @@ import torch
 
 from client.check.findings import from_error
 from client.check.machine import available_memory
+from client.check.private_step import measure_private_rounds
 from client.check.training import Measured
 from client.site import SiteConfig, load_site
 from core.checkpoint import read_json, write_json
@@ -82,6 +83,10 @@ def _training(site: SiteConfig, recipe: Recipe, measured: Measured, write: Write
     data = SiteData(shards)
     if not data.pools:
         raise UserError("no image is in the split 'train'; prepare the shard again with some")
+    if recipe.privacy.mode == "record":
+        measured = measure_private_rounds(site, recipe, measured, shards)
+        gpu_peak = _gpu_peak(measured.device)
+        return write(replace(measured, peak_bytes=_peak_bytes(), gpu_peak_bytes=gpu_peak))
     state = new_state(recipe, torch.device(measured.device), site.name)
 
     def one_step() -> float:
@@ -108,8 +113,8 @@ def _training(site: SiteConfig, recipe: Recipe, measured: Measured, write: Write
     )
     write(measured)
     measured = replace(measured, other_seconds=_other_seconds(recipe, state, data, shards, site))
-    gpu_peak = torch.cuda.max_memory_reserved(state.device) if state.device.type == "cuda" else 0
-    write(replace(measured, peak_bytes=_peak_bytes(), gpu_peak_bytes=gpu_peak))
+    gpu_peak = _gpu_peak(measured.device)
+    return write(replace(measured, peak_bytes=_peak_bytes(), gpu_peak_bytes=gpu_peak))
 
 
 def _other_seconds(
@@ -155,6 +160,10 @@ def _out_of_memory(error: Exception) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "memory"
     return ""
+
+
+def _gpu_peak(device: str) -> int:
+    return 0 if device == "cpu" else torch.cuda.max_memory_reserved(device)
 
 
 def _peak_bytes() -> int:

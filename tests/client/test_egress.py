@@ -182,3 +182,64 @@ def test_an_answer_to_a_query_holds_name_and_version_alone():
             hold_query("st-mary", RecordDict({"info": ConfigRecord(other)}))
     with pytest.raises(PolicyRefusal, match="its records"):
         hold_query("st-mary", RecordDict({"info": ConfigRecord(info), "x": MetricRecord({})}))
+
+
+DECLARING = Policy(
+    allowed_modalities=("ct",), declared_images={"ct": 500}, min_patients_per_prototype=10
+)
+NO_PROTOTYPES = {"prototypes/ct": None, "prototype_counts/ct": None}
+EXACT = {"round": 1, "num_examples/ct": 500, "epsilon": 1.5}
+
+
+def with_metrics(content, metrics):
+    """The reply with these metrics and no other."""
+    content["metrics"] = MetricRecord(metrics)
+    return content
+
+
+def test_a_private_reply_of_exactly_the_declared_keys_passes(make_record_recipe):
+    held = with_metrics(training(arrays=NO_PROTOTYPES), EXACT)
+    hold_training(DECLARING, make_record_recipe(), SENT, held)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"loss/ct": 0.5}, "a private metric"),
+        ({"rankme": 3.0}, "a private metric"),
+        ({"seconds_train": 3.0}, "a private metric"),
+        ({"num_examples/ct": 499}, "a private metric"),
+        ({"num_examples/us": 500}, "a private metric"),
+        ({"epsilon": 1}, "the round or epsilon"),
+        ({"round": 1.0}, "the round or epsilon"),
+    ],
+)
+def test_a_private_reply_with_anything_else_is_held_back(more, part, make_record_recipe):
+    held = with_metrics(training(arrays=NO_PROTOTYPES), {**EXACT, **more})
+    with pytest.raises(PolicyRefusal, match=f"last gate: {part}"):
+        hold_training(DECLARING, make_record_recipe(), SENT, held)
+
+
+def test_a_private_reply_without_its_epsilon_is_held_back(make_record_recipe):
+    held = with_metrics(training(arrays=NO_PROTOTYPES), {"round": 1})
+    with pytest.raises(PolicyRefusal, match="the round or epsilon"):
+        hold_training(DECLARING, make_record_recipe(), SENT, held)
+
+
+def test_prototypes_leave_in_the_rounds_that_release_them_alone(make_record_recipe):
+    once = make_record_recipe(prototype_releases=1)  # in the last of two rounds
+    first, last = (with_metrics(training(), {**EXACT, "round": n}) for n in (1, 2))
+    hold_training(DECLARING, once, SENT, last)
+    with pytest.raises(PolicyRefusal, match="prototypes in this round"):
+        hold_training(DECLARING, once, SENT, first)
+
+
+def test_cut_leaves_of_a_private_update_what_was_noised_or_declared(make_record_recipe):
+    update = SiteUpdate(
+        round_number=1, student={"w": np.ones(1)}, teacher={}, prototypes=Prototypes({}, {}),
+        num_examples={"ct": 137}, metrics={"loss/ct": 0.5, "seconds_train": 3.0, "epsilon": 1.5},
+    )  # fmt: skip
+    kept = cut(DECLARING, make_record_recipe(), update)
+    assert kept.to_metrics() == {"round": 1, "num_examples/ct": 500, "epsilon": 1.5}
+    silent = DECLARING.model_copy(update={"send_metrics": False})
+    assert cut(silent, make_record_recipe(), update).metrics == {"epsilon": 1.5}

@@ -2,7 +2,15 @@ from datetime import datetime
 
 import pytest
 
-from client.policy import NotNow, Policy, PolicyRefusal, approve, check_bundle, check_hours
+from client.policy import (
+    NotNow,
+    Policy,
+    PolicyRefusal,
+    approve,
+    check_bundle,
+    check_evaluation,
+    check_hours,
+)
 
 APP = "ab" * 32
 
@@ -51,7 +59,7 @@ def test_what_the_policy_does_not_allow_is_refused(
     [
         ({"privacy": "record"}, "asks for differential privacy of mode 'record'; the recipe has"),
         ({"privacy": "site"}, "asks for differential privacy of mode 'site'; the recipe has none"),
-        ({"max_epsilon": 8.0}, "an epsilon of at most 8; the recipe states none"),
+        ({"max_epsilon": 8.0}, "an epsilon of at most 8; the recipe has no record privacy"),
     ],
 )
 def test_who_asks_for_privacy_is_not_served_by_a_recipe_without(recipe, asked, reason):
@@ -76,3 +84,33 @@ def test_a_refusal_outside_the_hours_says_when_to_ask_again():
     with pytest.raises(NotNow, match=r"now Sat 06:00; ask again from 2026-11-30T20:00\S* on"):
         check_hours(policy, datetime(2026, 11, 28, 6, 0))
     check_hours(Policy())
+
+
+def test_with_record_privacy_a_refusal_tells_no_number_of_patients(policy, make_record_recipe):
+    declaring = policy.model_copy(update={"declared_images": {"ct": 100}})
+    for images, patients in ((49, 20), (50, 19)):
+        with pytest.raises(PolicyRefusal, match="fewer images or patients of 'ct'") as raised:
+            approve(declaring, make_record_recipe(), 1, {"ct": images}, {"ct": patients})
+        assert not any(character.isdigit() for character in str(raised.value))
+    approve(declaring, make_record_recipe(), 1, {"ct": 50}, {"ct": 20})
+
+
+def test_with_record_privacy_a_number_must_be_declared(make_record_recipe):
+    with pytest.raises(PolicyRefusal, match="a public number of images of 'ct'"):
+        approve(Policy(), make_record_recipe(), 1, {"ct": 50}, {"ct": 20})
+
+
+@pytest.mark.parametrize("mode", ["record", "site"])
+def test_a_policy_takes_the_mode_that_it_asks_for_and_no_other(mode, make_record_recipe):
+    policy = Policy(privacy=mode, declared_images={"ct": 100})
+    if mode == "record":
+        approve(policy, make_record_recipe(), 1, {"ct": 50}, {"ct": 20})
+    else:
+        with pytest.raises(PolicyRefusal, match="of mode 'site'; the recipe has 'record'"):
+            approve(policy, make_record_recipe(), 1, {"ct": 50}, {"ct": 20})
+
+
+def test_a_site_that_asks_for_record_privacy_answers_no_evaluation():
+    with pytest.raises(PolicyRefusal, match="would leave without noise"):
+        check_evaluation(Policy(privacy="record"))
+    check_evaluation(Policy())

@@ -1,8 +1,14 @@
+import itertools
+import os
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from client.policy import Refusal
+from client.policy import PolicyRefusal, Refusal
 from client.state import StoredReply, open_state
+from core.checkpoint import save_arrays, sha256_arrays
 from core.wire import Prototypes, SiteUpdate
 
 
@@ -86,3 +92,67 @@ def test_killed_at_any_file_operation_the_state_can_be_loaded(state, kill_points
     assert rounds[-1] == 3
     assert rounds == sorted(rounds)
     assert [path.name for path in state.directory.glob("round-*")] == ["round-0003"]
+
+
+def test_a_charged_round_is_paid_once_whatever_operation_on_the_disk_is_killed(
+    state, tmp_path, kill_points
+):
+    """A reply of each try is another, as its noise is; only what is paid for may be kept."""
+    paid, tries = tmp_path / "paid", itertools.count()
+
+    def charged(number):
+        return paid.read_text().split() if paid.exists() else []
+
+    def pay(digest):
+        with open(paid, "a") as file:
+            file.write(digest + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def round_3(value):
+        state.recover(charged)
+        if state.last_round() < 3:
+            reply = replace(update(3), student={"w": np.full(3, value, np.float32)})
+            state.commit(3, "d", StoredReply(reply, {"ct": 12}), {"m": np.full(2, 3)}, pay)
+
+    killed_after_payment = 0
+    for killed in kill_points(lambda: round_3(next(tries))):
+        # What a new process finds: an unpaid round is not there, a paid one is finished.
+        killed_after_payment += bool(killed and charged(3) and state.last_round() == 2)
+        state.recover(charged)
+        assert state.last_round() == (3 if charged(3) else 2)
+        assert len(charged(3)) <= 1
+        if charged(3):
+            kept = state.stored_reply(3, "d").update
+            assert [sha256_arrays(kept.to_arrays())] == charged(3)
+            if killed:  # begin anew, to be killed one operation later
+                paid.unlink()
+                shutil.rmtree(state.directory)
+                with state.locked():
+                    state.commit(2, "d", StoredReply(update(2), {"ct": 12}), {"m": np.zeros(2)})
+    assert killed_after_payment >= 2
+    assert state.last_round() == 3
+
+
+def test_what_is_not_paid_for_stays_untrained(state):
+    def refuse(digest):
+        raise PolicyRefusal("no")
+
+    with pytest.raises(PolicyRefusal):
+        state.commit(3, "d", StoredReply(update(3), {"ct": 12}), {}, refuse)
+    state.recover(lambda number: [])
+    assert state.last_round() == 2
+
+
+def test_a_reply_that_was_paid_for_is_not_taken_from_a_changed_file(state):
+    def die(digest):
+        paid.append(digest)
+        raise KeyboardInterrupt
+
+    paid: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        state.commit(3, "d", StoredReply(update(3), {"ct": 12}), {}, die)
+    aside = next(state.directory.glob(".round-*"))
+    save_arrays(aside / "reply.safetensors", update(9).to_arrays())
+    state.recover(lambda number: paid)
+    assert state.last_round() == 2

@@ -156,3 +156,36 @@ def test_names_from_outside_are_cut_and_made_printable(good, reference, recipe):
     assert len(str(caught.value)) < 400
     assert "\x1b" not in str(caught.value)
     assert printable("a\nb" + "c" * 500) == "a b" + "c" * 294 + "..."
+
+
+PRIVATE = {"round": 7, "num_examples/ct": 20, "epsilon": 1.5}
+
+
+@pytest.fixture
+def private_recipe(make_record_recipe):
+    """Releases prototypes in rounds 5 and 10 of ten."""
+    return make_record_recipe({"rounds": 10}, prototype_releases=2)
+
+
+def test_a_private_update_of_exactly_the_declared_keys_is_admitted(good, reference, private_recipe):
+    weights = {n: a for n, a in good[0].items() if not n.startswith("prototype")}
+    assert judge(weights, PRIVATE, reference, private_recipe).metrics == {"epsilon": 1.5}
+    every = private_recipe.privacy.model_copy(update={"prototype_releases": 10})
+    releasing = private_recipe.model_copy(update={"privacy": every})
+    noised = good[0] | {"prototype_counts/ct": np.array([900, 5, 9], np.float32)}  # of 20 images
+    assert judge(noised, PRIVATE, reference, releasing).prototypes.counts["ct"].max() == 900
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"loss/ct": 3.5}, "metric 'epsilon' leave alone; 'loss/ct' is too much"),
+        ({"seconds_train": 1.0}, "'seconds_train' is too much"),
+        ({"epsilon": None}, "'epsilon' is missing"),
+        ({}, "this round releases no prototypes, and some were sent"),
+    ],
+)
+def test_a_private_update_with_more_is_rejected(metrics, reason, good, reference, private_recipe):
+    sent = {n: v for n, v in {**PRIVATE, **metrics}.items() if v is not None}
+    with pytest.raises(Rejected, match=reason):
+        judge(good[0], sent, reference, private_recipe)

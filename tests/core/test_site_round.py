@@ -10,8 +10,9 @@ from core.config import Recipe
 from core.errors import UserError
 from core.export import export_teacher
 from core.initial import initial_state
+from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
-from core.site_round import SiteData, num_examples, resolve_device, site_round
+from core.site_round import SiteData, resolve_device, site_round
 from core.wire import GlobalState, metric_is_declared
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -45,7 +46,8 @@ def test_a_round_answers_with_declared_names_and_keeps_the_memory_home() -> None
     update, private = one_round(recipe(), "ct", "us")
     assert all(metric_is_declared(name) for name in update.metrics)
     assert {"loss/ct", "loss/us", "knn_auroc/ct", "rankme/us"} <= set(update.metrics)
-    assert update.num_examples == num_examples(shards("ct", "us"))
+    pools = SiteData(shards("ct", "us")).pools
+    assert update.num_examples == {MODALITIES[m]: len(pool) for m, pool in pools.items()}
     sent = update.to_arrays()
     held = [a for name, a in private.items() if name.startswith("memory/embeddings")]
     assert held

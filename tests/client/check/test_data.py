@@ -12,6 +12,7 @@ from core.checkpoint import read_json, write_json
 from core.config import ImagesConfig
 from core.errors import UserError
 from core.phantoms import make_phantoms
+from core.privacy.accounting import epsilon, study_events
 from core.shards import open_shard, write_shard
 from core.wire import Prototypes, SiteUpdate
 
@@ -152,12 +153,6 @@ def test_no_ct_needs_no_window(recipe, directories, shards):
     assert data.ct_window(recipe, directories[1:], shards[1:]).found == "no CT here"
 
 
-def test_training_images_are_counted_as_a_round_counts_them(shards):
-    from core.site_round import num_examples
-
-    assert data.training_images(shards) == num_examples(shards)
-
-
 def test_what_the_policy_refuses_is_red_with_its_reason(site, recipe, shards):
     assert data.policy(site, recipe, shards).status == GREEN
     finding = data.policy(with_policy(site, allowed_modalities=("ct",)), recipe, shards)
@@ -202,4 +197,19 @@ def test_rounds_left_are_told_for_each_study(site, recipe):
     assert finding.status == GREEN
     assert "the policy allows 5 rounds a study; the recipe asks for 2" in finding.found
     assert "study abababab: 3 used, 2 left" in finding.found
-    assert "no differential privacy" in finding.found
+
+
+def test_a_recipe_without_record_privacy_spends_nothing(site, recipe):
+    assert "no epsilon is spent" in data.privacy(site, recipe).found
+
+
+def test_what_a_private_study_costs_is_held_against_the_ceiling(site, make_record_recipe):
+    recipe = make_record_recipe()
+    whole = epsilon(study_events(recipe), 1e-5)
+    finding = data.privacy(site, recipe)
+    assert finding.status == YELLOW
+    assert f"epsilon 0.00 spent, {whole:.2f} with all of this study" in finding.found
+    assert data.privacy(with_policy(site, max_epsilon=whole + 1), recipe).status == GREEN
+    finding = data.privacy(with_policy(site, max_epsilon=whole * 0.99), recipe)
+    assert finding.status == YELLOW
+    assert "enough for 1 of its 2 rounds" in finding.found
