@@ -70,6 +70,20 @@ def test_a_reply_holds_exactly_the_declared_keys(make_sites, recipe):
     assert {"loss/ct", "knn_auroc/us", "seconds_train"} <= set(metrics)
 
 
+def test_a_private_reply_holds_exactly_the_declared_keys(make_sites, make_record_recipe):
+    (file,) = make_sites({"st-mary": ["ct"]}, policy="declared_images.ct = 500\n")
+    recipe = make_record_recipe({"teacher": "rebuild"})
+    reply = ask(file, lambda: train_message(recipe))
+    names = {f"student/{name}" for name in initial_state(recipe).student}
+    assert set(reply.content) == {"arrays", "metrics"}
+    assert set(reply.content["arrays"]) == names
+    metrics = dict(reply.content["metrics"])
+    epsilon = metrics.pop("epsilon")
+    assert metrics == {"round": 1, "num_examples/ct": 500}
+    assert epsilon > 0
+    assert audit(file)[-1]["epsilon"] == epsilon
+
+
 def test_a_policy_that_sends_less_sends_exactly_that(make_sites, make_recipe):
     recipe = make_recipe(teacher="rebuild")
     policy = "send_metrics = false\nsend_prototypes = false\n"
