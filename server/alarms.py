@@ -24,8 +24,8 @@ class Alarm:
 
     level: str
     kind: str
-    """server, collapse, quorum, quarantine, absent, rejected, error, outlier, refused, disk,
-    history"""
+    """server, collapse, quorum, quarantine, absent, rejected, error, budget, outlier, refused,
+    disk, history"""
     site: str
     """Empty where it is not of one site."""
     words: str
@@ -153,6 +153,11 @@ def _sites(facts: Facts) -> Iterator[Alarm]:
             yield Alarm(
                 "look", "absent", name, f"site '{name}' failed and is asked again: {reason}",
                 "nothing, unless it goes on",
+            )  # fmt: skip
+        elif state == "error" and "epsilon" in reason:
+            yield Alarm(
+                "act", "budget", name, f"site '{name}' spends no more privacy: {reason}",
+                "agree with the site on its max_epsilon, or end the study with the rounds it has",
             )  # fmt: skip
         elif state in ("rejected", "error"):
             words = reason if state == "rejected" else f"site '{name}' gave no update: {reason}"

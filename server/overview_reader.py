@@ -53,6 +53,16 @@ class OverviewReader:
         self._tally = Tally(run)
         self._prototypes: tuple[int, dict[str, tuple[int, int]]] = (-1, {})
 
+    @property
+    def recipe(self) -> Recipe:
+        """What the study asks for."""
+        return self._recipe
+
+    @property
+    def tally(self) -> Tally:
+        """The history as it was when `read` was called last."""
+        return self._tally
+
     def read(self) -> Overview:
         """What the run directory tells now."""
         run, now = self._run, time.time()

@@ -75,7 +75,7 @@ def _study(run: Path, recipe: Recipe, lines: Sequence[Line]) -> dict[str, Any]:
 def _tables(run: Path, recipe: Recipe, lines: Sequence[Line]) -> dict[str, Any]:
     sites, found = facts.site_rows(lines), incidents(lines)
     images, model = facts.total_images(sites), facts.read_model(run, lines)
-    seconds = {p: sum(line["seconds"].get(p, 0.0) for line in lines) for p in curves.PHASES}
+    seconds = {phase: sum(values) for phase, values in facts.phase_seconds(lines).items()}
     return {
         "sites": sites,
         "images": images,
@@ -110,9 +110,10 @@ def _pictures(run: Path, lines: Sequence[Line]) -> dict[str, Any]:
         title = "kNN AUROC, validation"
         panels.append(curves.modality_panel(title, auroc, reference=0.5, breaks=False))
     odd = _odd_sites(lines)
+    losses = [series(lines, name) for name in ("loss", "loss_ceiling", "teacher_entropy")]
     norms = curves.site_series(lines, "update_norm"), curves.site_series(lines, "cosine")
     return {
-        "losses": curves.loss_panels(lines),
+        "losses": curves.loss_panels(*losses),
         "loss_legend": curves.LOSS_LEGEND,
         "modality_panels": panels,
         "modality_legend": [
@@ -128,7 +129,7 @@ def _pictures(run: Path, lines: Sequence[Line]) -> dict[str, Any]:
             if found
         ],
         "many_sites": max(len(found) for found in norms) > curves.MOST_NAMED,
-        "seconds_panel": curves.seconds_panel(lines),
+        "seconds_panel": curves.seconds_panel(facts.phase_seconds(lines)),
     }  # fmt: skip
 
 

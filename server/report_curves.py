@@ -1,5 +1,6 @@
-"""Curves of a study over its rounds, for its report."""
+"""Curves of a study over its rounds, for its report and its live page."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -7,19 +8,22 @@ from typing import Final
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.evaluation.figures import MUTED, STYLE, Look, Panel, canvas, look, shorten, svg
 from core.modalities import MODALITIES, TITLES
 from server.history import Line
 from server.summary import Series, series
+from server.tally import PHASES
 
 Curve = Sequence[tuple[int, float]]
+Drawn = Sequence[tuple[str, Look, Curve]]
+"""Name, look, (round, value)"""
 MOST_NAMED: Final = 8
 """More sites than colours: the rest is drawn as a band, of which the median is a line."""
 MOST_MARKED: Final = 40
 """Rounds beyond which a marker a round hides the line."""
-PHASES: Final = ("exchange", "wait_for_sites", "admit", "screen", "aggregate")
 WIDTH, HEIGHT = 3.0, 2.3
 WIDE = 4.6, 2.6
 
@@ -30,10 +34,8 @@ def modality_look(modality: str) -> Look:
 
 
 @matplotlib.rc_context(STYLE)
-def loss_panels(lines: Sequence[Line]) -> list[Panel]:
+def loss_panels(loss: Series, ceiling: Series, entropy: Series) -> list[Panel]:
     """Loss and teacher entropy against the collapse line, a panel a modality."""
-    loss, ceiling = series(lines, "loss"), series(lines, "loss_ceiling")
-    entropy = series(lines, "teacher_entropy")
     panels = []
     for modality, points in loss.items():
         figure, axes = canvas(WIDTH, HEIGHT)
@@ -43,9 +45,8 @@ def loss_panels(lines: Sequence[Line]) -> list[Panel]:
         for _, style, curve in drawn:
             _draw(axes, style, curve)
         title = TITLES[modality]
-        said = _spoken([(name, curve) for name, _, curve in drawn])
         _rounds(axes)
-        panels.append(Panel(title, svg(figure, f"Loss over rounds, {title}: {said}")))
+        panels.append(_panel(title, figure, f"Loss over rounds, {title}", drawn))
     return panels
 
 
@@ -55,26 +56,33 @@ LOSS_LEGEND: Final = (
 """What the lines of `loss_panels` are."""
 
 
-@matplotlib.rc_context(STYLE)
 def modality_panel(
     title: str, found: Series, *, reference: float | None = None, breaks: bool = True
 ) -> Panel:
-    """One figure over rounds, a line a modality.
+    """One figure over rounds, a line a modality; the rest as in `curve_panel`."""
+    drawn = [(TITLES[modality], modality_look(modality), found[modality]) for modality in found]
+    return curve_panel(title, drawn, reference=reference, breaks=breaks)
+
+
+@matplotlib.rc_context(STYLE)
+def curve_panel(
+    title: str, drawn: Drawn, *, reference: float | None = None, breaks: bool = True
+) -> Panel:
+    """One figure over rounds.
 
     Args:
         title: What is drawn.
-        found: Modality -> (round, value).
+        drawn: The lines.
         reference: A dotted line across.
         breaks: Leave a gap where rounds are missing.
     """
     figure, axes = canvas(WIDTH, HEIGHT)
     if reference is not None:
         axes.axhline(reference, color=MUTED, linewidth=0.9, linestyle=":")
-    for modality, points in found.items():
-        _draw(axes, modality_look(modality), points, breaks=breaks)
+    for _, style, points in drawn:
+        _draw(axes, style, points, breaks=breaks)
     _rounds(axes)
-    said = _spoken([(TITLES[modality], points) for modality, points in found.items()])
-    return Panel(title, svg(figure, f"{title} over rounds: {said}"))
+    return _panel(title, figure, f"{title} over rounds", drawn)
 
 
 @matplotlib.rc_context(STYLE)
@@ -90,6 +98,8 @@ def site_panel(title: str, found: Mapping[str, Curve], named: Sequence[str]) -> 
     shown = sorted(found) if len(found) <= MOST_NAMED else [s for s in named if s in found]
     shown = shown[:MOST_NAMED]
     looks = {site: look(index) for index, site in enumerate(shown)}
+    drawn = [(shorten(site), looks[site], found[site]) for site in shown]
+    legend = tuple((name, style) for name, style, _ in drawn)
     if len(found) > len(shown):
         at: dict[int, list[float]] = {}
         for points in found.values():
@@ -98,36 +108,43 @@ def site_panel(title: str, found: Mapping[str, Curve], named: Sequence[str]) -> 
         xs = sorted(at)
         low, high = [min(at[x]) for x in xs], [max(at[x]) for x in xs]
         axes.fill_between(xs, low, high, color=MUTED, alpha=0.18, linewidth=0)
-        axes.plot(xs, [median(at[x]) for x in xs], color=MUTED, linewidth=1.5)
+        middle = [(x, median(at[x])) for x in xs]
+        axes.plot(xs, [y for _, y in middle], color=MUTED, linewidth=1.5)
+        drawn.append(("median", Look(MUTED, "", ""), middle))
     for site in shown:
         _draw(axes, looks[site], found[site])
     _rounds(axes)
-    said = _spoken([(site, found[site]) for site in shown])
-    picture = svg(figure, f"{title} over rounds, {len(found)} sites: {said}")
-    return Panel(title, picture, tuple((shorten(site), style) for site, style in looks.items()))
+    said = f"{title} over rounds, {len(found)} sites"
+    return _panel(title, figure, said, drawn, legend)
 
 
 @matplotlib.rc_context(STYLE)
-def seconds_panel(lines: Sequence[Line]) -> Panel:
-    """Seconds of each round by phase at the coordinator, on top of one another."""
+def seconds_panel(phases: Mapping[str, Sequence[float]]) -> Panel:
+    """Seconds of each round by phase at the coordinator, on top of one another.
+
+    Args:
+        phases: Phase -> seconds of rounds 1, 2, ...
+    """
     figure, axes = canvas(*WIDE)
-    numbers = [line["round"] for line in lines]
-    values = {p: [float(line["seconds"].get(p, 0.0)) for line in lines] for p in PHASES}
-    floor = [0.0] * len(numbers)
-    looks = {phase: look(index) for index, phase in enumerate(PHASES)}
-    for phase in PHASES:
-        top = [a + b for a, b in zip(floor, values[phase], strict=True)]
+    rounds = max(map(len, phases.values()))
+    floor = [0.0] * rounds
+    drawn = []
+    for index, phase in enumerate(PHASES):
+        values, style = phases[phase], look(index)
+        top = [a + b for a, b in zip(floor, values, strict=True)]
         axes.fill_between(
-            [n - 0.5 for n in numbers] + [numbers[-1] + 0.5], [*floor, floor[-1]],
-            [*top, top[-1]], step="post", color=looks[phase].colour, linewidth=0,
+            [n + 0.5 for n in range(rounds + 1)], [*floor, floor[-1]], [*top, top[-1]],
+            step="post", color=style.colour, linewidth=0,
         )  # fmt: skip
         floor = top
+        drawn.append((phase.replace("_", " "), style, list(enumerate(values, 1))))
     axes.set_ylim(0, max(floor, default=1.0) * 1.05 or 1.0)
-    axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
+    axes.set_xlim(0.5, rounds + 0.5)
     _rounds(axes)
-    said = ", ".join(f"{p.replace('_', ' ')} {sum(values[p]):.0f} s" for p in PHASES)
-    legend = tuple((phase.replace("_", " "), looks[phase]) for phase in PHASES)
-    return Panel("Seconds of a round by phase", svg(figure, f"Seconds by phase: {said}"), legend)
+    said = ", ".join(f"{name} {sum(y for _, y in curve):.0f} s" for name, _, curve in drawn)
+    legend = tuple((name, style) for name, style, _ in drawn)
+    picture = svg(figure, f"Seconds by phase: {said}")
+    return Panel("Seconds of a round by phase", picture, legend, _readout(figure, drawn))
 
 
 def site_series(lines: Sequence[Line], figure: str) -> dict[str, list[tuple[int, float]]]:
@@ -177,10 +194,28 @@ def _rounds(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _spoken(curves: Sequence[tuple[str, Curve]]) -> str:
-    """First and last values, for readers who cannot see the lines."""
-    return "; ".join(
+def _panel(
+    title: str, figure: Figure, description: str, drawn: Drawn,
+    legend: tuple[tuple[str, Look], ...] = (),
+) -> Panel:  # fmt: skip
+    said = "; ".join(
         f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}"
-        for name, points in curves
+        for name, _, points in drawn
         if points
-    )
+    )  # first and last values, for readers who cannot see the lines
+    picture = svg(figure, f"{description}: {said}")
+    return Panel(title, picture, legend, _readout(figure, drawn))
+
+
+def _readout(figure: Figure, drawn: Drawn) -> str:
+    """Panel.readout of a figure that has been laid out, which `svg` does."""
+    axes = figure.axes[0]
+    box, (first, last) = axes.get_position(), axes.get_xlim()
+    lines = [
+        {"name": name, "colour": style.variable, "x": [x for x, _ in points],
+         "y": [float(f"{y:.4g}") for _, y in points]}
+        for name, style, points in drawn
+    ]  # fmt: skip
+    place = {"left": box.x0, "right": box.x1, "first": float(first), "last": float(last)}
+    rounded = {name: round(value, 4) for name, value in place.items()}
+    return json.dumps({**rounded, "lines": lines}, separators=(",", ":"))

@@ -16,6 +16,7 @@ from core.config import Recipe
 from core.modalities import TITLES
 from core.wire import COUNTS
 from server.history import SITE_COUNTS, Line
+from server.tally import PHASES
 
 OUTCOMES = ("admitted", "silent", "rejected", "error", "absent", "quarantined")
 
@@ -69,6 +70,11 @@ def site_rows(lines: Sequence[Line]) -> list[SiteRow]:
             metrics = outcome.get("metrics", {})
             row.training_seconds += sum(v for n, v in metrics.items() if n.startswith("seconds_"))
     return [rows[name] for name in sorted(rows)]
+
+
+def phase_seconds(lines: Sequence[Line]) -> dict[str, list[float]]:
+    """Phase -> seconds of each round."""
+    return {p: [float(line["seconds"].get(p, 0.0)) for line in lines] for p in PHASES}
 
 
 def total_images(rows: Sequence[SiteRow]) -> dict[str, int]:

@@ -19,6 +19,8 @@ from server.history import Line
 from server.roster import SITE_NAME
 
 OUTCOMES: Final = ("admitted", "rejected", "error", "silent", "absent", "quarantined")
+PHASES: Final = ("exchange", "wait_for_sites", "admit", "screen", "aggregate")
+"""What the coordinator's time in a round goes to."""
 Points = list[tuple[int, float]]
 """(round, value)"""
 
@@ -43,6 +45,8 @@ class SiteTally:
     """modality -> training images, as it reported them last"""
     epsilon: float | None = None
     """What its ledger held of the study when it last answered; None: no record privacy."""
+    norms: Points = field(default_factory=list)
+    """Lengths of its updates."""
 
 
 class Tally:
@@ -66,6 +70,8 @@ class Tally:
         """modality -> metric -> its mean over sites, round by round"""
         self.seconds: list[float] = []
         """Of each round."""
+        self.phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        """The same by phase."""
         self.bytes_up = self.bytes_down = 0
         self.epsilon: float | None = None
         """What the server's ledger held after the last round; None: no site privacy."""
@@ -113,8 +119,10 @@ class Tally:
             if metric in METRICS and modality in MODALITIES and (number := _number(value)):
                 points = self.series.setdefault(modality, {}).setdefault(metric, [])
                 points.append((self.rounds, number[0]))
-        times = [number[0] for s in _table(line, "seconds").values() if (number := _number(s))]
-        self.seconds.append(sum(times))
+        seconds = _table(line, "seconds")
+        self.seconds.append(sum(number[0] for s in seconds.values() if (number := _number(s))))
+        for phase, past in self.phases.items():
+            past.append((_number(seconds.get(phase)) or (0.0,))[0])
         self.bytes_up += _whole(line.get("bytes_up"))
         self.bytes_down += _whole(line.get("bytes_down"))
         self.alarms = [printable(str(words)) for words in _list(line, "alarms")]
@@ -141,6 +149,8 @@ class Tally:
             site.rejected_reason = site.reason
         if number := _number(outcome.get("seconds")):
             site.seconds = number[0]
+        if number := _number(outcome.get("update_norm")):
+            site.norms.append((self.rounds, number[0]))
         site.bytes_up += _whole(outcome.get("bytes"))
 
 

@@ -110,6 +110,9 @@ class Panel:
     title: str
     picture: Markup
     legend: tuple[tuple[str, Look], ...] = ()
+    readout: str = ""
+    """For pages that show the values under a pointer: JSON of left and right, where the axes begin
+    and end as shares of the width, first and last x there, and lines: name, colour, x and y."""
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
