@@ -94,6 +94,27 @@ def metrics(
 
 
 @app.command()
+def page(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories, or directories of such."),
+    ],
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Beyond the loopback, a token is needed.")
+    ] = "127.0.0.1:9110",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Holds what browsers ask for as a password."),
+    ] = None,
+) -> None:
+    """Show studies in a browser while they run or after, read-only, until stopped."""
+    from server.page.serve import serve_page
+
+    check_address(listen)
+    serve_page(runs, listen, token_file)
+
+
+@app.command()
 def tensorboard(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     logdir: Annotated[Path, typer.Argument(help="What tensorboard --logdir is given.")],

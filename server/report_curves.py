@@ -23,7 +23,8 @@ Drawn = Sequence[tuple[str, Look, Curve]]
 MOST_NAMED: Final = 8
 """More sites than colours: the rest is drawn as a band, of which the median is a line."""
 MOST_MARKED: Final = 40
-"""Rounds beyond which a marker a round hides the line."""
+"""Rounds beyond which a marker a round hides the line, so that it gets MARKS alone."""
+MARKS: Final = 8
 WIDTH, HEIGHT = 3.0, 2.3
 WIDE = 4.6, 2.6
 
@@ -79,8 +80,9 @@ def curve_panel(
     figure, axes = canvas(WIDTH, HEIGHT)
     if reference is not None:
         axes.axhline(reference, color=MUTED, linewidth=0.9, linestyle=":")
+    crowded = len(drawn) > MOST_NAMED
     for _, style, points in drawn:
-        _draw(axes, style, points, breaks=breaks)
+        _draw(axes, style, points, breaks=breaks, crowded=crowded)
     _rounds(axes)
     return _panel(title, figure, f"{title} over rounds", drawn)
 
@@ -170,7 +172,9 @@ def auroc_series(lines: Sequence[Line], final: Mapping[str, float]) -> Series:
     return {modality: found[modality] for modality in TITLES if modality in found}
 
 
-def _draw(axes: Axes, style: Look, points: Curve, *, breaks: bool = True) -> None:
+def _draw(
+    axes: Axes, style: Look, points: Curve, *, breaks: bool = True, crowded: bool = False
+) -> None:
     """A line that breaks where rounds in between are missing, unless they are meant to be."""
     xs: list[float] = []
     ys: list[float] = []
@@ -180,11 +184,13 @@ def _draw(axes: Axes, style: Look, points: Curve, *, breaks: bool = True) -> Non
             ys.append(math.nan)
         xs.append(x)
         ys.append(y)
-    marker = style.marker if style.marker and len(points) <= MOST_MARKED else None
-    lonely = not marker and len(points) == 1
+    every = max(len(xs) // MARKS, 1) if crowded or len(points) > MOST_MARKED else 1
+    lonely = not style.marker and len(points) == 1
     axes.plot(
-        xs, ys, color=style.colour, linestyle=style.linestyle, marker="o" if lonely else marker,
-        linewidth=1.2,
+        xs, ys, color=style.colour, linestyle=style.linestyle,
+        marker="o" if lonely else style.marker or None, linewidth=1.2,
+        # Each line begins elsewhere, so that lines that lie on one another are all seen.
+        markevery=(len(axes.lines) * every // MARKS % every, every),
     )  # fmt: skip
 
 

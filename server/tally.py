@@ -100,6 +100,15 @@ class Tally:
                 self._offset += len(text)
         return None
 
+    def by_metric(self, metric: str) -> dict[str, Points]:
+        """Modality -> its mean over sites of a metric, round by round."""
+        return {m: found[metric] for m, found in self.series.items() if metric in found}
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever there is news."""
+        return self._inode, self._offset
+
     def _take(self, text: bytes) -> None:
         try:
             line = json.loads(text)

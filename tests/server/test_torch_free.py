@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 import core.admission, core.collapse, core.prototypes, core.schedules
-import server.app, server.engines, server.history, server.strategy, server.summary
+import server.app, server.engines, server.history, server.page.serve
+import server.strategy, server.summary
 from server.grid import InProcessGrid
 
 def site(message, context):

@@ -1,0 +1,1 @@
+"""The coordinator's live page: studies in a browser, read-only."""
