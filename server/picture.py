@@ -17,7 +17,7 @@ from server.summary import Series
 LOSS, COLLAPSE, AUROC, CHANCE = "#0072B2", "#D55E00", "#009E73", "#767676"
 
 MOST_NAMES: Final = 12
-"""Of sites, in a legend."""
+"""Of curves, in a legend; sites that spent the same share one."""
 
 
 def draw_picture(path: Path, title: str, loss: Series, ceiling: Series, auroc: Series) -> None:
@@ -59,11 +59,15 @@ def draw_picture(path: Path, title: str, loss: Series, ceiling: Series, auroc: S
 def draw_epsilon(path: Path, title: str, epsilons: Series, delta: float) -> None:
     """Draw a PNG of a study whose sites send no losses: what each has spent after each round."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for (site, points), marker in zip(epsilons.items(), cycle("os^Dv<>P"), strict=False):
-        axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=site)
-    if not epsilons:
+    curves: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for site, points in epsilons.items():
+        curves.setdefault(tuple(points), []).append(site)
+    for (curve, sites), marker in zip(curves.items(), cycle("os^Dv<>P"), strict=False):
+        name = sites[0] if len(sites) == 1 else f"{len(sites)} sites"
+        axis.plot(*zip(*curve, strict=True), marker=marker, markersize=4, label=name)
+    if not curves:
         axis.text(0.5, 0.5, "the sites send no figures", ha="center", transform=axis.transAxes)
-    elif len(epsilons) <= MOST_NAMES:
+    elif len(curves) <= MOST_NAMES:
         axis.legend(fontsize=8, frameon=False)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("round")

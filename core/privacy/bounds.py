@@ -9,6 +9,8 @@ import math
 import warnings
 from typing import Final
 
+from core.privacy.own_logging import own_logging
+
 Parts = tuple[tuple[float, float, int], ...]
 """(sigma, sampling rate, steps), each pair of the first two once, in order."""
 
@@ -71,7 +73,8 @@ def renyi_epsilon(parts: Parts, delta: float) -> float:
 @functools.lru_cache(maxsize=256)
 def _renyi_costs(parts: Parts) -> tuple[float, ...]:
     """The Renyi divergence of each order, all parts together."""
-    from opacus.accountants.analysis.rdp import compute_rdp
+    with own_logging():
+        from opacus.accountants.analysis.rdp import compute_rdp
 
     totals = [0.0] * len(ORDERS)
     for sigma, rate, steps in parts:
@@ -95,7 +98,8 @@ def sampled_epsilon(parts: Parts, delta: float) -> float:
     error = PRV_ERROR * max(1.0, points / PRV_POINTS)
     if renyi > PRV_EPSILON or delta < PRV_DELTA or error > 10 * PRV_ERROR:
         return renyi
-    from opacus.accountants import PRVAccountant
+    with own_logging():
+        from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
     accountant.history = [(sigma, rate, count) for sigma, rate, count in parts]

@@ -6,10 +6,13 @@ Opacus clips, sums and steps; the noise is our own, because its generators take 
 from collections.abc import Mapping
 
 import torch
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from core.privacy.noise import PrivateRandom
+from core.privacy.own_logging import own_logging
+
+with own_logging():
+    from opacus.optimizers import DPOptimizer
 
 
 class PrivateOptimizer:
