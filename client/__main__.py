@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from client.budget import budget
 from core.console import new_app, run_command_line
 from core.errors import UserError
 
@@ -367,6 +368,9 @@ def status(
 
     if not show_status(load_site(site_file), console, watch=watch, as_json=json_output):
         raise typer.Exit(1)
+
+
+app.command()(budget)
 
 
 @app.command()
