@@ -137,4 +137,9 @@ def _site(recipe: "Recipe") -> list[tuple[bool, str]]:
             federation.min_sites > recipe.privacy.sites,
             "has more federation.min_sites than privacy.sites",
         ),
+        (
+            recipe.privacy.delta * recipe.privacy.sites >= 1,
+            "needs privacy.delta below 1 / privacy.sites: with it, all that one of the sites sent "
+            "could be released as it is",
+        ),
     ]

@@ -52,6 +52,7 @@ def test_record_mode_refuses_unproven_parts(section, changes, reason):
         ("federation", {"quarantine_after": 3}, "depend on other sites"),
         ("federation", {"min_sites": 9}, "more federation.min_sites than privacy.sites"),
         ("privacy", {"sites": 0}, "a fixed number of sites"),
+        ("privacy", {"sites": 20, "delta": 0.05}, "needs privacy.delta below 1 / privacy.sites"),
     ],
 )
 def test_site_mode_refuses_unproven_parts(section, changes, reason):
