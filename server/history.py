@@ -10,6 +10,8 @@ RUN/quarantine.json            which sites are not asked, and why (server/quaran
 RUN/run.json                   which of Flower's runs works on it, if it was submitted to one
 RUN/lock                       held by the server that works on it
 RUN/live.json                  what happens now: phase, deadline, a state a site (server/live.py)
+RUN/ledger.jsonl               with site privacy: what was released, see server/release.py, as is
+RUN/prepared.*                 the round that is about to be paid for
 and, while a round runs, a file without a name with the updates that were admitted (server/spool.py)
 A round is done when its line and its intact checkpoint are there; a line is written after its
 checkpoint. Checkpoints hold no time and no id: equal studies give equal files.
@@ -77,27 +79,44 @@ class RunDirectory:
         Args:
             initial: Makes the state of round 0, called only when the study has none yet.
         """
+        number = len(self.heal())
+        if not number and not self.checkpoint_path(0).exists():
+            self.save(Checkpoint(0, initial(), {}), self.checkpoint_path(0))
+        arrays, _ = load_arrays(self.checkpoint_path(number))
+        return Checkpoint(number, GlobalState.from_arrays(arrays), _contributions(arrays))
+
+    def heal(self) -> list[Line]:
+        """Drop from the history what comes after the last round that is done; the others."""
         lines = read_history(self.path)
         while lines and not self._intact(lines[-1]):
             lines.pop()
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
         if self._history.exists() and self._history.read_text(encoding="utf-8") != text:
             write_atomically(self._history, text.encode())
-        if not lines and not self.checkpoint_path(0).exists():
-            self._save(Checkpoint(0, initial(), {}))
-        number = len(lines)
-        arrays, _ = load_arrays(self.checkpoint_path(number))
-        return Checkpoint(number, GlobalState.from_arrays(arrays), _contributions(arrays))
+        return lines
 
     def commit(self, checkpoint: Checkpoint, line: Line) -> Line:
         """Write a round's checkpoint, then its line with the checkpoint's digest."""
-        line = {**line, "sha256": self._save(checkpoint)}
+        path = self.checkpoint_path(checkpoint.round_number)
+        return self.record({**line, "sha256": self.save(checkpoint, path)})
+
+    def record(self, line: Line) -> Line:
+        """Write the line of a round whose checkpoint is in its place."""
         with open(self._history, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._prune(checkpoint.round_number)
+        self._prune(line["round"])
         return line
+
+    def save(self, checkpoint: Checkpoint, path: Path) -> str:
+        """Write a checkpoint; returns the file's sha256."""
+        arrays = checkpoint.state.to_arrays()
+        for site, prototypes in checkpoint.contributions.items():
+            for modality in prototypes.counts:
+                arrays[f"{SITE_PROTOTYPES}{site}/{modality}"] = prototypes.centroids[modality]
+                arrays[f"{SITE_COUNTS}{site}/{modality}"] = prototypes.counts[modality]
+        return save_arrays(path, arrays, {"round": str(checkpoint.round_number)})
 
     def checkpoint_path(self, round_number: int) -> Path:
         """File of the global state after a round."""
@@ -146,16 +165,6 @@ class RunDirectory:
         for number in range(1, last - NEWEST_KEPT + 1):
             if number % self.keep_every:
                 self.checkpoint_path(number).unlink(missing_ok=True)
-
-    def _save(self, checkpoint: Checkpoint) -> str:
-        arrays = checkpoint.state.to_arrays()
-        for site, prototypes in checkpoint.contributions.items():
-            for modality in prototypes.counts:
-                arrays[f"{SITE_PROTOTYPES}{site}/{modality}"] = prototypes.centroids[modality]
-                arrays[f"{SITE_COUNTS}{site}/{modality}"] = prototypes.counts[modality]
-        round_number = checkpoint.round_number
-        metadata = {"round": str(round_number)}
-        return save_arrays(self.checkpoint_path(round_number), arrays, metadata)
 
 
 def open_run(path: Path, recipe: Recipe) -> RunDirectory:

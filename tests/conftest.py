@@ -59,6 +59,14 @@ RECORD: dict[str, Any] = {
     },
 }  # fmt: skip
 
+SITE: dict[str, Any] = {
+    **TINY,
+    "federation": {
+        **TINY["federation"], "teacher": "rebuild", "robust": "none", "quarantine_after": 0,
+    },
+    "privacy": {"mode": "site", "sites": 3},
+}  # fmt: skip
+
 
 def write_site(
     home: Path, modalities: Sequence[str], *, patients: int = 14, seed: int = 0, policy: str = ""
@@ -127,6 +135,21 @@ def make_record_recipe() -> MakeRecipe:
             **RECORD,
             "privacy": {**RECORD["privacy"], **privacy},
             "federation": {**RECORD["federation"], **(federation or {})},
+        }
+        return recipe_from_json(json.dumps(table), "test")
+
+    return make
+
+
+@pytest.fixture
+def make_site_recipe() -> MakeRecipe:
+    """The tiny recipe with site privacy, and other values in its privacy section."""
+
+    def make(federation: Mapping[str, object] | None = None, **privacy: object) -> Recipe:
+        table = {
+            **SITE,
+            "privacy": {**SITE["privacy"], **privacy},
+            "federation": {**SITE["federation"], **(federation or {})},
         }
         return recipe_from_json(json.dumps(table), "test")
 
