@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from core.config import Recipe
+from core.privacy.noise import PrivateRandom
 from core.transport import pack_state
 from core.wire import SiteUpdate
 from server.aggregate import aggregate
@@ -30,9 +31,11 @@ from server.history import Checkpoint, RunDirectory, describe_round, read_histor
 from server.intake import SILENT, Intake
 from server.live import Live
 from server.quarantine import quarantined
+from server.release import commit
 from server.replies import collapse_alarms, mean_metrics, to_record
 from server.roster import Roster
 from server.screening import screen
+from server.site_privacy import aggregate_privately, require_room
 from server.spool import Spool
 
 LOG = logging.getLogger("fedmermed.server")
@@ -101,6 +104,7 @@ class FederatedMemory(Strategy):
                 federation, self.roster, grid, server_round, last_sites(lines), expected, self.live
             )
             self._lap("wait_for_sites")
+            require_room(self.recipe, server_round, len(sites))
             LOG.info("round %d of %d: %d sites train", server_round, num_rounds, len(sites))
             self._exchange = self._open_exchange(server_round, grid, timeout)
             _, metrics = self.aggregate_train(server_round, self._exchange.replies(sites))
@@ -174,7 +178,9 @@ class FederatedMemory(Strategy):
             outcomes[site]["weight"] = weight
         for words in (alarms := collapse_alarms(updates)):
             LOG.warning("%s", words)
-        line = self.run.commit(
+        line = commit(
+            self.run,
+            self.recipe,
             checkpoint,
             {
                 "round": server_round,
@@ -225,6 +231,12 @@ class FederatedMemory(Strategy):
     def _aggregate(
         self, server_round: int, updates: dict[str, SiteUpdate]
     ) -> tuple[Checkpoint, dict[str, float]]:
+        if self.recipe.privacy.mode == "site":
+            state, weights = aggregate_privately(
+                self.recipe, self.checkpoint.state, updates, round_number=server_round,
+                random=PrivateRandom(),
+            )  # fmt: skip
+            return Checkpoint(server_round, state, {}), weights
         state, contributions, weights = aggregate(
             self.recipe,
             self.checkpoint.state,

@@ -13,6 +13,7 @@ from core.wire import EPSILON, GlobalState
 from server.history import open_run
 from server.live import Live
 from server.overview_reader import PLAN
+from server.release import finish_release
 from server.strategy import FederatedMemory
 
 
@@ -43,6 +44,8 @@ def run_study(
         note_plan(run_dir, recipe)
         live = Live(run_dir, recipe.federation.rounds)  # until the strategy has its own
         try:
+            if recipe.privacy.mode == "site":
+                finish_release(run, recipe)
             # No name here for the checkpoint: the strategy lets go of it after a round.
             strategy = FederatedMemory(
                 recipe,
@@ -70,9 +73,10 @@ def run_study(
 
 
 def note_plan(run_dir: Path, recipe: Recipe) -> None:
-    """Write down what record privacy will have cost at the end, for those who look at the run.
+    """Write down what privacy will have cost at the end, for those who look at the run.
 
-    The accountant needs torch: a server without leaves it out, unless the run came from `init`.
+    Record privacy's accountant needs torch: a server without it leaves it out, unless the run came
+    from `init`.
     """
     file = run_dir / PLAN
     if recipe.privacy.mode == "none" or file.exists():

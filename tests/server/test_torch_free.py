@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from core.wire import GlobalState
-from server.history import Checkpoint, open_run
+from server.history import Checkpoint, open_run, read_history
 
 PROGRAM = """
 import sys
@@ -54,6 +54,20 @@ def test_a_whole_aggregation_needs_no_torch(tmp_path, make_recipe):
     assert checkpoint.round_number == 1
     assert checkpoint.state.student["w"].tolist() == [2.0] * 3
     assert sorted(checkpoint.state.prototypes.counts) == ["ct", "us"]
+
+
+def test_site_privacy_needs_neither_torch_nor_scipy(tmp_path, make_site_recipe):
+    recipe = make_site_recipe({"rounds": 1}, noise_multiplier=0.5)
+    run = open_run(tmp_path / "run", recipe)
+    arrays = {"w": np.ones(3, np.float32)}
+    run.load(lambda: GlobalState(student=arrays, teacher=arrays))
+    program = PROGRAM.replace("import sys\n", "import sys\nsys.modules['scipy'] = None\n", 1)
+    sent = 'message.content["arrays"].items()'
+    program = program.replace(sent, f'{sent} if n.startswith("student/")')
+    subprocess.run([sys.executable, "-c", program, str(run.path)], check=True)
+    (line,) = read_history(run.path)
+    assert [site["outcome"] for site in line["sites"].values()] == ["admitted"] * 2
+    assert line["metrics"]["epsilon"] > 0
 
 
 def test_without_torch_an_initial_state_is_asked_for_in_plain_words(tmp_path, recipe):
