@@ -19,6 +19,7 @@ from core.errors import UserError
 from core.lock import held
 from server.control import Control, app_bundle, control
 from server.history import describe_round, open_run, read_history, read_recipe
+from server.privacy_cost import say_cost
 from server.progress import shown_progress
 
 LOG = logging.getLogger("fedmermed.server")
@@ -54,12 +55,13 @@ def run_on_service(
 
     recipe = read_recipe(recipe_file)
     run_dir = (out or directory / "runs" / recipe.name).absolute()
-    open_run(run_dir, recipe)
+    run = open_run(run_dir, recipe)
     console = Console()
     console.print(f"app fingerprint {app_bundle()[1]}", highlight=False, soft_wrap=True)
     console.print(f"run directory   {run_dir}", highlight=False, markup=False, soft_wrap=True)
     done = len(read_history(run_dir))
     if done < recipe.federation.rounds:
+        say_cost(console, run, recipe)
         with (
             control(directory) as calls,
             shown_progress(console, recipe, max(sites, recipe.federation.min_sites), done),

@@ -17,8 +17,10 @@ from core.shards import Shard, write_shard
 from core.sites import open_site, open_sites, training_images
 from server.engines import ENGINES, EngineName
 from server.history import open_run, read_history
+from server.privacy_cost import say_cost
 from server.progress import shown_progress
 from server.roster import SITE_NAME
+from server.site_privacy import require_room
 from server.summary import summarise
 
 PHANTOM_PATIENTS = 105
@@ -55,13 +57,14 @@ def simulate(
     out = out or Path("runs") / recipe.name
     sites = open_sites(data) if data is not None else {}
     check_sites(list(sites) or _phantom_names(), recipe)
-    open_run(out, recipe)
+    run = open_run(out, recipe)
     console = Console()
     _remember_data(out, data)
     paths = place_data(out, data, sites) if data is not None else _draw_phantoms(out, recipe)
     site_files = [write_site_file(out, name, path, recipe) for name, path in paths.items()]
     done = len(read_history(out))
     if done < recipe.federation.rounds:
+        say_cost(console, run, recipe)
         with shown_progress(console, recipe, len(site_files), done):
             ENGINES[engine](out, site_files)
     summarise(out, recipe, paths, engine=str(engine), console=console)
@@ -69,7 +72,8 @@ def simulate(
 
 
 def check_sites(names: list[str], recipe: Recipe) -> None:
-    """Refuse too few sites, and names that cannot be a site's."""
+    """Refuse too few sites, too many, and names that cannot be a site's."""
+    require_room(recipe, 1, len(names))
     if len(names) < recipe.federation.min_sites:
         raise UserError(
             f"the recipe needs {recipe.federation.min_sites} sites (federation.min_sites), but the "

@@ -69,7 +69,7 @@ def summarise(
             "privacy": {
                 "mode": recipe.privacy.mode,
                 "delta": recipe.privacy.delta,
-                "epsilon": {site: points[-1][1] for site, points in spent.items()},
+                "epsilon": _epsilons(recipe, lines),
             },
             "alarms": [words for line in lines for words in line["alarms"]],
             "outliers": outlier_report(lines),
@@ -134,6 +134,13 @@ def site_epsilons(lines: Sequence[Line]) -> Series:
             if EPSILON in outcome.get("metrics", {}):
                 found.setdefault(site, []).append((line["round"], outcome["metrics"][EPSILON]))
     return found
+
+
+def _epsilons(recipe: Recipe, lines: Sequence[Line]) -> dict[str, float]:
+    """What was spent: by each site under record privacy, of the model under site privacy."""
+    if recipe.privacy.mode == "site":
+        return {"model": lines[-1]["metrics"][EPSILON]}
+    return {site: points[-1][1] for site, points in site_epsilons(lines).items()}
 
 
 def _measure(

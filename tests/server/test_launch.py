@@ -156,6 +156,21 @@ def test_a_study_that_was_stopped_is_not_started_again_by_who_follows_it(run):
     assert len(again.started) == 1
 
 
+def test_the_cost_of_site_privacy_is_told_before_a_study_is_submitted(
+    tmp_path, make_site_recipe, monkeypatch, capsys
+):
+    def away(directory):
+        assert "has to be trusted" in (told := capsys.readouterr().out)
+        assert "noise on the mean update" in told
+        raise UserError("no service")
+
+    monkeypatch.setattr(launch, "control", away)
+    file = tmp_path / "recipe.json"
+    file.write_text(make_site_recipe().to_json())
+    with pytest.raises(UserError, match="no service"):
+        launch.run_on_service(tmp_path, file)
+
+
 def test_the_initial_weights_are_written_once_and_need_no_torch_afterwards(tmp_path, recipe):
     file = initialise(recipe, tmp_path / "run")
     before = file.read_bytes()

@@ -98,6 +98,40 @@ def test_phantoms_make_a_first_run_with_all_its_results(tmp_path, recipe_file):
     assert (out / "summary.json").read_bytes() == before
 
 
+SITE_PRIVACY = """teacher = "rebuild"
+robust = "none"
+quarantine_after = 0
+[privacy]
+mode = "site"
+sites = {sites}
+noise_multiplier = 4.0
+"""
+
+
+def test_a_study_with_site_privacy_tells_its_cost_before_it_begins(tmp_path, recipe_file):
+    write_npz(tmp_path / "data")
+    recipe_file.write_text(RECIPE + SITE_PRIVACY.format(sites=2))
+    result = server("simulate", recipe_file, "--data", "data", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    before, _, after = result.stdout.partition("sites train")
+    assert "has to be trusted" in before
+    assert "it drowns what the sites learn" in before
+    assert "round 2 of 2" in after
+    spent = read_history(tmp_path / "runs" / "tiny")[-1]["metrics"]["epsilon"]
+    assert f"epsilon {spent:.3g} at delta 1e-05 after 2 rounds" in before
+    assert f"epsilon  model {spent:.3f}, at delta 1e-05" in after
+
+
+def test_more_sites_than_site_privacy_divides_by_are_refused_at_once(tmp_path, recipe_file):
+    recipe_file.write_text(RECIPE + SITE_PRIVACY.format(sites=6))
+    result = server("simulate", recipe_file, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "7 sites take part, but noise and divisor are made for privacy.sites = 6" in (
+        result.stderr
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_npz_files_a_seed_and_an_export(tmp_path, recipe_file):
     write_npz(tmp_path / "npz")
     arguments = ("simulate", recipe_file, "--data", tmp_path / "npz", "--out", tmp_path / "run")
