@@ -69,6 +69,7 @@ class View(ABC):
 
     def __init__(self) -> None:
         self._last: tuple[float, Look] | None = None
+        self._seen: object = None
         self._drawn: object = None
         self._pictures: Pictures = {}
         self._next_drawing = 0.0
@@ -88,9 +89,14 @@ class View(ABC):
     def _draw(self) -> Pictures: ...
 
     def _charts(self, version: object) -> Pictures:
-        """The pictures, drawn anew where the version has changed, unless they were just now."""
-        began = time.monotonic()
-        if version != self._drawn and began >= self._next_drawing:
+        """The pictures, drawn anew where the version has changed, unless they were just now.
+
+        Not in the look that first finds a new version: words shall not wait for pictures.
+        """
+        began, seen = time.monotonic(), self._seen
+        self._seen = version
+        waits = self._drawn is not None and (version != seen or began < self._next_drawing)
+        if version != self._drawn and not waits:
             self._pictures, self._drawn = self._draw(), version
             ended = time.monotonic()
             self._next_drawing = ended + REST * (ended - began)
