@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from core.checkpoint import Arrays
 from core.config import Recipe
+from core.privacy.accounting import releases_prototypes
 from core.privacy.memory import comparisons, public_memory
 from core.privacy.network import choose_trainable, learning, refuse_coupling
 from core.privacy.noise import PrivateRandom
+from core.privacy.release import released_prototypes
 from core.privacy.sampling import Patients, Rows, draw_patients
 from core.privacy.step import PrivateOptimizer
 from core.privacy.unit import Comparison, one_by_one, together, unit_loss
@@ -70,7 +72,8 @@ def private_round(
 
     **Guarantees**:
         - The round takes `federation.local_steps` noisy steps, neither more nor fewer, whatever
-          patients there are: what `core.privacy.accounting.round_events` charges.
+          patients there are, and releases prototypes only in the recipe's rounds: what
+          `core.privacy.accounting.round_events` charges.
         - In a step, adding or removing one patient of the site changes the sum that gets noise by
           at most `privacy.clip_norm` (to one part in 10,000, for rounding).
         - Which patients are in a step, and the noise, come from the operating system; the recipe's
@@ -113,11 +116,16 @@ def private_round(
         if on_step is not None:
             on_step(done, steps, loss)
 
+    prototypes = Prototypes({}, {})
+    if releases_prototypes(recipe, rounds_done + 1):
+        prototypes = released_prototypes(
+            recipe, state, patients, sorted(declared), received.prototypes, random
+        )
     update = SiteUpdate(
         round_number=rounds_done + 1,
         student=network_arrays(state.student),
         teacher=network_arrays(state.teacher) if recipe.federation.teacher == "average" else {},
-        prototypes=Prototypes({}, {}),
+        prototypes=prototypes,
         num_examples=dict(declared),
         metrics={},
     )

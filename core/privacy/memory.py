@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from core.config import Recipe
 from core.losses import centre, random_blocks
@@ -15,30 +16,38 @@ from core.train import Batch, TrainState, embed_global
 from core.wire import Prototypes
 
 
+def public_embeddings(recipe: Recipe, state: TrainState, modality: int) -> Tensor:
+    """Unit vectors [K, D] that hold nothing of a patient.
+
+    Drawn at random, or phantoms as the teacher of `state` embeds them.
+    """
+    name, entries = MODALITIES[modality], recipe.memory.entries_per_modality
+    if recipe.privacy.memory == "random":
+        return state.bank.embeddings[modality]
+    drawn = make_phantoms(
+        name, patients=entries, images_per_patient=1, px=recipe.images.px, seed=recipe.seed
+    )
+    images = torch.from_numpy(drawn.images).permute(0, 3, 1, 2)
+    parts = [
+        Batch(modality, part, torch.arange(len(part)))
+        for part in torch.split(images, recipe.optim.batch_size)
+    ]
+    return torch.cat([
+        embed_global(state, part, recipe, "anchors", number) for number, part in enumerate(parts)
+    ])  # fmt: skip
+
+
 def public_memory(
     recipe: Recipe, state: TrainState, modality: int, received: Prototypes
 ) -> PublicMemory:
     """What stands in for the memory bank: a function of the recipe and the received state alone.
 
-    Random unit vectors, or phantoms as the received teacher embeds them, and the prototypes that
-    were received.
+    The public embeddings, and the prototypes that were received.
     """
-    name, entries = MODALITIES[modality], recipe.memory.entries_per_modality
-    rows = state.bank.embeddings[modality]
-    if recipe.privacy.memory == "phantoms":
-        drawn = make_phantoms(
-            name, patients=entries, images_per_patient=1, px=recipe.images.px, seed=recipe.seed
-        )
-        images = torch.from_numpy(drawn.images).permute(0, 3, 1, 2)
-        rows = torch.cat([
-            embed_global(
-                state, Batch(modality, part, torch.arange(len(part))), recipe, "anchors", number
-            )
-            for number, part in enumerate(torch.split(images, recipe.optim.batch_size))
-        ])  # fmt: skip
+    rows = public_embeddings(recipe, state, modality)
     mean = rows.mean(0) if recipe.memory.centred else None
-    if (prototypes := received.centroids.get(name)) is not None:
-        rows = torch.cat([rows, torch.from_numpy(prototypes).to(rows.device)])
+    if (released := received.centroids.get(MODALITIES[modality])) is not None:
+        rows = torch.cat([rows, torch.from_numpy(released).to(rows.device)])
     return PublicMemory(rows if mean is None else centre(rows, mean), mean)
 
 

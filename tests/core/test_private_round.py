@@ -1,6 +1,7 @@
 """A round under differential privacy of the site's patients."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -39,6 +40,7 @@ class Fixed(PrivateRandom):
 
 
 def recipe(**sections: dict[str, object]) -> Recipe:
+    # fmt: off
     small: dict[str, dict[str, object]] = {
         "model": {"options": TINY, "head_hidden": 32, "embedding_dim": 16},
         "images": {"px": 16},
@@ -47,12 +49,17 @@ def recipe(**sections: dict[str, object]) -> Recipe:
         "loss": {"koleo_weight": 0.0},
         "federation": {"rounds": 2, "local_steps": 3},
         "evaluation": {"every_rounds": 0},
-        "privacy": {"mode": "record", "sampling_rate": 0.3, "expected_patients": 8, "chunk": 4},
+        "privacy": {
+            "mode": "record", "sampling_rate": 0.3, "expected_patients": 8, "chunk": 4,
+            "memory": "random",  # which needs no drawing
+        },
     }
+    # fmt: on
     merged = {key: {**small.get(key, {}), **sections.get(key, {})} for key in {*small, *sections}}
     return Recipe.model_validate_json(json.dumps(merged))
 
 
+@functools.cache
 def shard(modality: str, key: str = "p", patients: int = 21) -> Shard:
     drawn = make_phantoms(modality, patients=patients, images_per_patient=2, px=16, seed=1)
     keys = [f"{key}{number:02}".encode() for number in range(patients)]
@@ -110,6 +117,20 @@ def test_a_round_takes_as_many_noisy_steps_as_it_is_charged_for_whoever_is_drawn
     assert sum(drawn) == charged.steps * size  # one draw a weight and step
     assert done == [1, 2, 3, 4]
     assert {int(a) for name, a in private.items() if "/step/" in name} == {4}
+
+
+def test_prototypes_leave_in_the_rounds_of_the_recipe_alone() -> None:
+    config = recipe(
+        privacy={"prototype_releases": 1, "prototype_noise": 0.05},
+        federation={
+            "local_steps": 1, "prototypes_per_modality": 2, "prototype_min_patients": 2,
+        },
+    )  # fmt: skip
+    first, last = (one_round(config, first_step=step)[0] for step in (0, 1))
+    assert first.prototypes.centroids == {}
+    assert last.prototypes.centroids.keys() == {"us", "pathology"}
+    assert len(last.prototypes.counts["us"]) <= config.federation.prototypes_per_modality
+    assert [event.kind for event in round_events(config, 2)] == ["gradients", "prototypes"]
 
 
 def test_a_step_without_patients_has_no_loss() -> None:
@@ -187,7 +208,7 @@ def test_removing_a_patient_changes_a_steps_sum_by_at_most_one_clip(gradients) -
     torch.set_num_threads(1)
     clip = 0.01
     privacy = {"gradients": gradients, "clip_norm": clip}
-    config = recipe(privacy=privacy, memory={"centred": True})
+    config = recipe(privacy=privacy | {"memory": "phantoms"}, memory={"centred": True})
     shards = [shard("us", patients=9), shard("pathology", patients=9), shard("us", "q", 3)]
     patients = Patients(shards)
     state = new_state(config, CPU, "st-mary")
