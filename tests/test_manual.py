@@ -11,6 +11,7 @@ import client.__main__
 import server.__main__
 from client.policy import Policy
 from core.config import FederationConfig
+from core.privacy.config import PrivacyConfig
 
 ROOT = Path(__file__).parents[1]
 MANUAL = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -89,3 +90,13 @@ def test_every_message_of_the_manual_is_one_that_is_given(words):
     if words in FLOWERS or words in {"join", "check"}:
         return
     assert words in source()
+
+
+def test_every_test_that_the_privacy_page_names_exists_and_every_setting_too():
+    page = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)`", page)
+    assert len(named) >= 12
+    assert not [name for name in named if not (ROOT / name).is_file()]
+    settings = {*PrivacyConfig.model_fields, *Policy.model_fields}
+    told = re.findall(r"`(?:privacy\.)?([a-z]+(?:_[a-z]+)+)`", page)
+    assert not [name for name in told if name not in settings]
