@@ -53,21 +53,19 @@ def with_epsilon(recipe: Recipe, target: float) -> Recipe:
 
 
 def epsilon_by_round(
-    recipe: Recipe, spent: Sequence[Event] = (), rows: int = 8
+    recipe: Recipe, delta: float, spent: Sequence[Event] = (), rows: int = 8
 ) -> dict[int, float]:
     """Epsilon after the first round, after some evenly spread ones, and after the last.
 
     Args:
         recipe: The study's.
+        delta: At which.
         spent: What was charged before the first round.
         rows: About how many rounds to tell; each takes a second or two.
     """
     last = recipe.federation.rounds
     told = sorted({1, *(math.ceil(last * row / rows) for row in range(1, rows + 1))})
-    return {
-        number: epsilon([*spent, *study_events(recipe, 1, number)], recipe.privacy.delta)
-        for number in told
-    }
+    return {number: epsilon([*spent, *study_events(recipe, 1, number)], delta) for number in told}
 
 
 def trainable_weights(recipe: Recipe) -> int:

@@ -52,7 +52,7 @@ def recipe_file(recipe, tmp_path: Path) -> Path:
 @pytest.fixture
 def site(make_sites) -> Path:
     """A site with a ceiling."""
-    (path,) = make_sites({"a": ["ct"]}, policy="max_epsilon = 2.0\n")
+    (path,) = make_sites({"a": ["ct"]}, policy="max_epsilon = 2.0\ndelta = 1e-4\n")
     return path
 
 
@@ -68,8 +68,8 @@ def test_a_recipe_tells_its_epsilon_by_round(budget: Run, recipe, recipe_file: P
     facts = told(output)
     assert facts["noise multiplier"] == "9"
     assert facts["steps"] == "2 a round, 10 rounds"
-    assert facts["patients to train on"] == "14, about 14 in a step"
-    assert "epsilon spent by this site" not in facts
+    assert facts["patients to train on"] == "14, about 14 a step"
+    assert "epsilon spent before" not in facts
     total = epsilon(study_events(recipe), 1e-5)
     assert float(output.split(" 10  ")[1].split()[0]) - 0.01 < total  # rounded up
     assert float(output.split(" 10  ")[1].split()[0]) >= total
@@ -87,7 +87,7 @@ def test_a_plan_finds_the_noise_of_an_epsilon(budget: Run) -> None:
     assert 1.99 < found["epsilon_by_round"]["6"] <= 2
     assert found["noise_to_signal"] == pytest.approx(sigma * 200 / 4000)
     assert found["remarks"] == []
-    assert (found["spent"], found["ceiling"], found["rounds_left"]) == (None, None, None)
+    assert found["site"] is None
 
 
 def test_a_recipe_without_privacy_is_planned_from_only_with_an_epsilon(
@@ -118,17 +118,20 @@ def test_a_site_counts_its_patients_ledger_and_ceiling(
     assert status == 0
     found = json.loads(output)
     assert found["patients"] == 8  # to train on; the others are for validation and test
-    assert found["spent"] == epsilon(earlier, 1e-5)
-    assert found["ceiling"] == 2.0
-    assert found["with_spent_by_round"]["10"] == epsilon([*earlier, *study_events(recipe)], 1e-5)
-    left = found["rounds_left"]
+    of_site = found["site"]
+    total = epsilon([*earlier, *study_events(recipe)], 1e-4)
+    assert of_site["with_spent_by_round"]["10"] == total
+    assert (of_site["spent"], of_site["ceiling"]) == (epsilon(earlier, 1e-4), 2.0)
+    left = of_site["rounds_left"]
     assert 0 < left < 10
     for rounds, fits in ((left, True), (left + 1, False)):
-        total = epsilon([*earlier, *study_events(recipe, 1, rounds)], 1e-5)
+        total = epsilon([*earlier, *study_events(recipe, 1, rounds)], 1e-4)
         assert (total <= 2.0) == fits
     assert ledger.path.read_bytes() == before
     _, output, _ = budget(site, "--recipe", recipe_file)
-    assert told(output)["rounds left under it"] == f"{left} of 10"
+    facts = told(output)
+    assert facts["rounds left under it"] == f"{left} of 10"
+    assert facts["ceiling"] == "2 at delta 0.0001"
     assert "and of all before" in output
 
 
@@ -143,8 +146,8 @@ def test_a_site_without_a_ceiling_is_told_so(budget: Run, recipe_file: Path, mak
     (path,) = make_sites({"a": ["ct"]})
     _, output, _ = budget(path, "--recipe", recipe_file)
     facts = told(output)
-    assert facts["ceiling of its policy"] == "none: policy.max_epsilon"
-    assert facts["epsilon spent by this site"] == "0.00"
+    assert facts["ceiling"] == "none: policy.max_epsilon"
+    assert facts["epsilon spent before"] == "0.00 at delta 1e-05"
     assert "rounds left under it" not in facts
 
 

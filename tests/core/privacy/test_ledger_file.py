@@ -1,5 +1,6 @@
 """The file of a ledger outlives kills, power cuts and full disks, and shows damage."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -140,6 +141,8 @@ def test_what_a_power_cut_leaves_of_a_line_is_written_over(junk: bytes, three: L
     assert len(three.charges()) == 3
     charge(three, 4)
     assert len(three.charges()) == 4
+    lines = three.path.read_bytes().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
 
 
 def fails(ledger: Ledger, words: str) -> None:
