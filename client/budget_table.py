@@ -135,7 +135,7 @@ def _facts(found: Budget) -> list[tuple[str, str]]:
         ("releases of prototypes", f"{found.prototype_releases:,}"),
         ("patients to train on", f"{found.patients:,}, about {found.patients_a_step:,.0f} a step"),
         ("weights that learn", f"{found.weights:,}"),
-        ("noise to signal of a step", f"{found.noise_to_signal:.2g}"),
+        ("noise to signal of a step", f"{found.noise_to_signal:,.3f}"),
     ]
     if (site := found.site) is None:
         return facts

@@ -105,7 +105,7 @@ def utility(ratio: float) -> str:
             "a pretrained backbone (model.init_file), and let few weights learn."
         )
     return (
-        f"A step's noise is {ratio:.1f} times as long as what all its patients can add at best: "
+        f"A step's noise is {ratio:,.1f} times as long as what all its patients can add at best: "
         "expect features near their initialisation, whatever the images show. More patients a "
         "step, fewer weights or a larger epsilon change that; more rounds at this epsilon do not."
     )
