@@ -407,6 +407,44 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command(name="audit-privacy")
+def audit_privacy(
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A study's recipe: audit its noise, clip and way of the gradients."),
+    ] = None,
+    canaries: Annotated[
+        int, typer.Option(min=100, max=20_000, help="The more, the smaller a leak is found.")
+    ] = 2000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Does the installed private training leak more than its noise allows? Attacks it.
+
+    Half of a few thousand canaries, patients who are as easy to see as can be, are trained on; who
+    was in is then guessed from what would be sent. Needs no data of the site, touches none, and
+    sends nothing. Takes seconds. Ends with status 1 when more is leaked than claimed.
+    """
+    import json
+
+    from client.audit_privacy import LIMITS, as_json, report, what_to_audit
+    from core.privacy.canaries import audit as attack
+    from core.site_round import resolve_device
+
+    privacy, steps = what_to_audit(recipe)
+    place = resolve_device(device)
+    if json_output:
+        verdict = attack(privacy, canaries=canaries, steps=steps, device=place)
+        typer.echo(json.dumps(as_json(verdict, privacy, steps, place), indent=1))
+    else:
+        with console.status(f"attacking {steps} private steps on {canaries:,} canaries"):
+            verdict = attack(privacy, canaries=canaries, steps=steps, device=place)
+        for line in (*report(verdict), LIMITS):
+            console.print(line, soft_wrap=True, highlight=False)
+    if verdict.flagged:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of the `fedmermed-site` script."""
     run_command_line(app)

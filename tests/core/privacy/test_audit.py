@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from core.privacy.bounds import gaussian_epsilon
 from core.privacy.audit import BOUND_ERROR, DELTA, epsilon_bound, gap, judge, p_value
+from core.privacy.bounds import gaussian_epsilon
 
 
 def test_p_value_without_delta_is_the_binomial_tail():
