@@ -33,6 +33,7 @@ import numpy as np
 from browser import Page, chromium, find_chromium
 
 from core.config import Recipe, load_recipe
+from core.lock import held
 from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
 from core.shards import write_shard
@@ -197,6 +198,7 @@ def watch(page: Page, run: Path, out: Path) -> bool:
         return found["sites"].get(site, {}).get("state", "") if found else ""
 
     alarm = f"{text('alarms')}.includes"
+    wanderer = f"{row('wanderer')}.split('\\n').join(' ').includes"
     steps: list[Facts] = [
         {"a rejected update": (
             lambda: state("greedy") == "rejected", f"{row('greedy')}.includes('rejected')"
@@ -206,14 +208,15 @@ def watch(page: Page, run: Path, out: Path) -> bool:
             lambda: any(line["alarms"] for line in read_history(run)), f"{alarm}('collapse')"
         )},
         {"a site that vanishes": (
-            lambda: state("wanderer") == "lost", f"{row('wanderer')}.includes('lost')"
+            lambda: state("wanderer") in AWAY, " || ".join(f"{wanderer}('{w}')" for w in AWAY)
         )},
         {"the same when it is back": (
-            lambda: state("wanderer") not in ("lost", ""),
-            f"!{row('wanderer')}.includes('lost')",
+            lambda: state("wanderer") in BACK,
+            " || ".join(f"{wanderer}('{w}')" for w in BACK.values()),
         )},
         {"the end": (
-            lambda: len(read_history(run)) >= 3, f"{text('head')}.includes('finished')"
+            lambda: len(read_history(run)) >= 3 and not held(run / "lock"),
+            f"{text('head')}.includes('finished')",
         )},
     ]  # fmt: skip
     good = True
@@ -273,6 +276,9 @@ def pictures(page: Page, url: str, out: Path) -> None:
     page.paper(out / "paper.pdf")
 
 
+AWAY = ("lost", "asked again")
+BACK = {"asked": "training", "admitted": "admitted"}
+"""States of a site -> what the page calls them"""
 LIVE = "document.getElementById('link').textContent === 'live'"
 
 

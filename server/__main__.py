@@ -129,6 +129,24 @@ def tensorboard(
 
 
 @app.command()
+def mlflow(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    uri: Annotated[
+        str,
+        typer.Option(metavar="URI", help="Where MLflow keeps its records: sqlite:///..., http."),
+    ],
+    experiment: Annotated[str, typer.Option(help="MLflow's experiment.")] = "fedmermed",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with new rounds until the study is over.")
+    ] = False,
+) -> None:
+    """Send a study's recipe, figures and final model to MLflow; what is there is not sent again."""
+    from server.tracking import track
+
+    typer.echo(f"run {track(run, uri, experiment, follow=follow)}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="Exported model, run directory, round file, or recipe.")

@@ -50,12 +50,12 @@ def write_events(run: Path, logdir: Path, *, follow: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"events.out.tfevents.*{SUFFIX}"):
         old.unlink()
-    rounds, began = read_recipe(run / "recipe.json").federation.rounds, _began(run)
+    rounds, start = read_recipe(run / "recipe.json").federation.rounds, began(run)
     with writer_class(str(out), filename_suffix=SUFFIX) as writer:
         told = 0
         while True:
             lines = read_history(run)
-            _write(writer, lines, told, began)
+            _write(writer, lines, told, start)
             told = len(lines)  # fewer than before, if damaged rounds were dropped: they come again
             if not follow or told >= rounds:
                 return out
@@ -91,19 +91,25 @@ def _step(name: str, number: int) -> int:
     return number - 1 if name.startswith("knn_auroc") else number
 
 
-def _write(writer: Any, lines: Sequence[Line], told: int, began: float) -> None:
-    """Rounds have no time in the history: they follow one another from the study's beginning."""
-    now = began
+def timed(lines: Sequence[Line], start: float) -> Iterator[tuple[Line, float]]:
+    """Rounds and when each was done; they have no time in the history: they follow one another."""
+    now = start
     for line in lines:
         now += sum(line["seconds"].values())
+        yield line, now
+
+
+def began(run: Path) -> float:
+    """When a study began, in Unix seconds; 0 where that was not noted."""
+    file = run / "study.json"
+    return datetime.fromisoformat(read_json(file)["began"]).timestamp() if file.exists() else 0.0
+
+
+def _write(writer: Any, lines: Sequence[Line], told: int, start: float) -> None:
+    for line, now in timed(lines, start):
         if line["round"] > told:
             for tag, value, step in scalars(line):
                 writer.add_scalar(tag, value, step, walltime=now)
-
-
-def _began(run: Path) -> float:
-    file = run / "study.json"
-    return datetime.fromisoformat(read_json(file)["began"]).timestamp() if file.exists() else 0.0
 
 
 def _writer_class() -> Any:

@@ -132,17 +132,28 @@ def read_model(run: Path, lines: Sequence[Line]) -> Model:
 
 def changed_settings(recipe: Recipe) -> list[tuple[str, str]]:
     """Settings of a recipe that are not the defaults, as section.key and value."""
-    changed = _flat(recipe.model_dump(mode="json", exclude_defaults=True))
     return [
-        (name, value if isinstance(value, str) else json.dumps(value))
-        for name, value in changed.items()
+        (name, value)
+        for name, value in _texts(recipe.model_dump(mode="json", exclude_defaults=True))
         if name != "name"
     ]
+
+
+def flat_settings(recipe: Recipe) -> list[tuple[str, str]]:
+    """All settings of a recipe, as section.key and value."""
+    return _texts(recipe.model_dump(mode="json"))
 
 
 def read_optional(file: Path) -> dict[str, Any]:
     """A JSON file of the run directory, or {} if there is none."""
     return dict(read_json(file)) if file.exists() else {}
+
+
+def _texts(table: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in _flat(table).items()
+    ]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
