@@ -7,6 +7,7 @@ from html import unescape
 import pytest
 
 from core.checkpoint import write_json
+from server.overview_reader import PLAN
 from server.page import view as page
 from server.page.view import StudyView
 
@@ -70,14 +71,14 @@ def test_nothing_of_a_site_is_shown_but_the_closed_list(make_study):
     def change(number, sites, line):
         sites["city"] |= {"pixels": "secret", "digest": "secret", "weight": 0.123456789}
         sites["city"]["num_examples"] = {"us": 41, "secret": 7}
-        sites["city"]["metrics"] |= {"patient": 98765.0, "loss/secret": 98765.0}
+        sites["city"]["metrics"] |= {"ward": 98765.0, "loss/secret": 98765.0}
         line["secret"] = "secret"
 
     run = make_study({"st-mary": ("ct",), "city": ("us",)}, change=change)
     found = html(run)
     assert "us 41" in words(found)
-    for kept in ("secret", "98765", "0.1234", "patient"):
-        assert kept not in found.replace("their patients", "")
+    for kept in ("secret", "98765", "0.1234", "ward"):
+        assert kept not in found
 
 
 def test_a_site_whose_policy_sends_no_metrics_is_shown_without(make_study):
@@ -103,9 +104,25 @@ def test_each_site_has_a_row_with_what_it_did(make_study):
     rows = re.findall(r"<tr><th scope=\"row\">.*?</tr>", StudyView(run).look().parts["sites"].html,
                       re.DOTALL)  # fmt: skip
     city, mary = map(words, rows)
-    assert city == "city ✓ admitted round 4 us 100 4 - - - round 4 40 s 20 MB 5.000"
+    assert city == "city ✓ admitted round 4 us 100 4 - - - round 4 40 s 20 MB 5.00"
     assert mary == ("st-mary ✕ late no reply before the deadline round 2 ct 101 2 1 - 1 not finite "
                     "round 2 40 s - none")  # fmt: skip
+
+
+def test_epsilon_is_shown_with_what_the_study_may_yet_take(make_study):
+    def change(number, sites, line):
+        sites["city"]["metrics"]["epsilon"] = 1.25 * number
+
+    run = make_study({"city": ("us",), "st-mary": ("ct",)}, change=change)
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["loss"]["koleo_weight"] = recipe["evaluation"]["every_rounds"] = 0
+    recipe["memory"]["at_round_start"] = "kept"
+    recipe["privacy"]["mode"] = "record"
+    write_json(run / "recipe.json", recipe)
+    write_json(run / PLAN, {"epsilon": 8.0})
+    parts = StudyView(run).look().parts
+    assert "2.50 of 8.00 epsilon a patient, delta 1e-05" in words(parts["head"].html)
+    assert "2.50 5.50 left" in words(parts["sites"].html)
 
 
 def test_alarms_come_before_the_sites_with_what_to_do(make_study, spoil):
