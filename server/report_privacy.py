@@ -18,7 +18,7 @@ RECORD: Final = (
     "removed: what it sent in this study is (epsilon, delta)-differentially private at delta "
     "{delta:g}, whoever reads it, the coordinator included. Epsilon so far, by each site's own "
     "ledger: {epsilons}. Noise multiplier {sigma:g}, sampling rate {rate:g}, {steps:,} steps a "
-    "round, accounted by {accountant}. Not covered: that a site took part, how long it took, the "
+    "round; an upper bound (PRV, Renyi, or the closed form). Not covered: that a site took part, how long it took, the "
     "numbers of images that sites declare in public, a patient who is in two hospitals (add up), "
     "other studies of a site, and how this recipe was chosen."
 )
@@ -52,5 +52,5 @@ def privacy_words(recipe: Recipe, lines: Sequence[Line]) -> str:
         delta=privacy.delta,
         epsilons=", ".join(f"{site} {told[site]:.2f}" for site in sorted(told)) or "none",
         sigma=privacy.noise_multiplier, rate=privacy.sampling_rate,
-        steps=recipe.federation.local_steps, accountant="Opacus's PRV accountant",
+        steps=recipe.federation.local_steps,
     )  # fmt: skip
