@@ -1,5 +1,8 @@
 """The pictures of the live page, drawn by matplotlib as those of the report are.
 
+Drawn here and not in the browser: SVG prints sharply, follows light and dark and is read aloud,
+which no canvas does, and the page needs no code but its own.
+
 **Guarantees**:
     - A picture has no style of its own, no script and no outside reference: colours are variables
       of the page's style sheet, so that light, dark and paper share it.

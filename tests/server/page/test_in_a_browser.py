@@ -22,13 +22,22 @@ SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
-def browser(load_benchmark):
-    """A browser's page."""
+def tab(load_benchmark):
+    """A browser's tab."""
     module = load_benchmark("browser")
     if not (binary := module.find_chromium()):
         pytest.skip("needs Chromium")
     with module.chromium(binary) as page:
         yield page
+
+
+@pytest.fixture
+def browser(tab):
+    """The tab, empty: what it showed before tries no more to reach its server."""
+    tab.call("Page.navigate", url="about:blank")
+    tab.wait("location.href === 'about:blank'")
+    del tab.console[:]
+    return tab
 
 
 @contextmanager
@@ -137,7 +146,6 @@ def test_planted_code_is_shown_and_does_not_run(browser, make_study, tmp_path):
     write_json(run / "recipe.json", recipe | {"name": plants[1]})
     lines = (run / "history.jsonl").read_bytes().splitlines(keepends=True)
     (run / "history.jsonl").write_bytes(b"".join(lines[:2]))
-    del browser.console[:]
     with served(tmp_path / "log", run) as url:
         browser.open(url)
         browser.wait(LIVE)
