@@ -18,9 +18,9 @@ RECORD: Final = (
     "removed: what it sent in this study is (epsilon, delta)-differentially private at delta "
     "{delta:g}, whoever reads it, the coordinator included. Epsilon so far, by each site's own "
     "ledger: {epsilons}. Noise multiplier {sigma:g}, sampling rate {rate:g}, {steps:,} steps a "
-    "round; an upper bound (PRV, Renyi, or the closed form). Not covered: that a site took part, how long it took, the "
-    "numbers of images that sites declare in public, a patient who is in two hospitals (add up), "
-    "other studies of a site, and how this recipe was chosen."
+    "round; an upper bound (PRV, Renyi, or the closed form). Not covered: that a site took part, "
+    "how long it took, the numbers of images that sites declare in public, a patient who is in two "
+    "hospitals (add up), other studies of a site, and how this recipe was chosen."
 )
 SITE: Final = (
     "Mode: site. The server cut each site's update to {clip:g}, added noise of {sigma:g} times "
