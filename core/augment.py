@@ -17,6 +17,7 @@ from core.modalities import MEAN_STD
 
 _LUMA = (0.299, 0.587, 0.114)
 _RGB_TO_YIQ = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+_YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
 
 
 class RowDraws:
@@ -140,7 +141,7 @@ def _jitter(pixels: Tensor, views: ViewsConfig, draws: Draws) -> Tensor:
         chroma[:, 0, 0] = 1
         chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * turn.cos()
         chroma[:, 1, 2], chroma[:, 2, 1] = -saturation * turn.sin(), saturation * turn.sin()
-        matrix = torch.linalg.inv(_RGB_TO_YIQ) @ chroma @ _RGB_TO_YIQ  # [B, 3, 3]
+        matrix = _YIQ_TO_RGB @ chroma @ _RGB_TO_YIQ  # [B, 3, 3]
         pixels = torch.einsum("bij,bjhw->bihw", matrix.to(pixels.device), pixels)
     return pixels.clamp(0, 1)
 

@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from core.class_token import class_token_features
 from core.config import ModelConfig
 from core.errors import UserError
 
@@ -44,7 +45,7 @@ class Network(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W] to unit embeddings [B, D]."""
-        return self.head(self.backbone(images_BCHW))  # type: ignore[no-any-return]
+        return self.head(class_token_features(self.backbone, images_BCHW))  # type: ignore[no-any-return]
 
 
 def create_backbone(model: ModelConfig, image_px: int, *, drop_path: float = 0.0) -> nn.Module:

@@ -38,8 +38,9 @@ def consistency_loss(
 
     With q(u) and p(v) the softmax over a block of (embedding . entry / temperature) for teacher
     view u and student view v of one image, the loss is the mean over pairs u != v, blocks and
-    images of - sum_j q_j(u) log p_j(v). Because it is linear in q, the targets that a student view
-    meets are added up first: one product a student view instead of one a pair.
+    images of - sum_j q_j(u) log p_j(v). Since log p_j is v . m_j / T less the logarithm of the
+    normaliser, that sum is the latter less v . (sum_j q_j m_j) / T: the logits of a view are the
+    only product as large as the memory, and what a student view meets is added up as vectors [D].
 
     Args:
         student: unit embeddings [V, B, D]; the teacher's views are the first of them.
@@ -57,17 +58,20 @@ def consistency_loss(
     num_targets = teacher.shape[0]
     meets = torch.ones(num_views, num_targets, device=student.device)  # [V, U], 1 where u != v
     meets[:num_targets].fill_diagonal_(0)
+    order = torch.cat(list(blocks)).to(memory.device)
     loss, entropy = student.new_zeros(()), student.new_zeros(())
-    for block in blocks:
-        entries = memory[block.to(memory.device)]  # [P, D]
-        log_q = torch.log_softmax(teacher @ entries.T / teacher_temperature, dim=-1)  # [U, B, P]
-        q = log_q.exp()
+    for entries in torch.split(memory[order], [len(b) for b in blocks]):  # [P, D]
+        scores = teacher @ entries.T / teacher_temperature  # [U, B, P]
+        q = torch.softmax(scores, dim=-1)
+        means = q @ entries  # [U, B, D]
         logits = student @ entries.T / student_temperature  # [V, B, P]
-        targets = torch.einsum("vu,ubp->vbp", meets, q)  # [V, B, P], sums to the number of targets
+        targets = torch.einsum("vu,ubd->vbd", meets, means) / student_temperature  # [V, B, D]
         normaliser = torch.logsumexp(logits, dim=-1) * meets.sum(1, keepdim=True)  # [V, B]
-        loss = loss + normaliser.sum() - (targets * logits).sum()
-        entropy = entropy - (q * log_q).sum() / (num_targets * batch)
-    return loss / (meets.sum() * batch * len(blocks)), entropy / len(blocks)
+        loss = loss + normaliser.sum() - (targets * student).sum()
+        expected = (teacher * means).sum() / teacher_temperature
+        entropy = entropy + (torch.logsumexp(scores, dim=-1).sum() - expected)
+    pairs = meets.sum() * batch * len(blocks)
+    return loss / pairs, entropy / (num_targets * batch * len(blocks))
 
 
 def koleo_loss(embeddings: Tensor) -> Tensor:

@@ -122,14 +122,17 @@ def train(
         temperature = teacher_temperature(recipe, step)
         total = torch.zeros((), device=device)
         current = batches(step)
-        writes = []
-        for batch in current:
-            name = MODALITIES[batch.modality]
-            draws = torch_generator(recipe.seed, site, "step", step, name)
-            views = make_views(_to(batch.images, device), name, recipe.views, draws)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                teacher, student = _embed(state, views)  # [2, B, D], [V, B, D]
-            writes.append((batch, teacher[1]))
+        names = [MODALITIES[batch.modality] for batch in current]
+        streams = [torch_generator(recipe.seed, site, "step", step, name) for name in names]
+        views = [
+            make_views(_to(batch.images, device), name, recipe.views, draws)
+            for batch, name, draws in zip(current, names, streams, strict=True)
+        ]
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            embedded = _embed(state, views)  # a modality: [2, B, D], [V, B, D]
+        for batch, name, draws, (teacher, student) in zip(
+            current, names, streams, embedded, strict=True
+        ):
             memory = state.bank.embeddings[batch.modality]
             if (slots := state.extra_slots.get(batch.modality)) is not None:
                 memory = torch.cat([memory, slots])
@@ -147,11 +150,8 @@ def train(
             )
             share = len(batch.images) / sum(len(b.images) for b in current)
             total = total + share * (consistency + loss_config.koleo_weight * koleo)
-            for key, value in (
-                ("loss", consistency),
-                ("koleo", koleo),
-                ("teacher_entropy", entropy),
-            ):
+            figures = {"loss": consistency, "koleo": koleo, "teacher_entropy": entropy}
+            for key, value in figures.items():
                 wire = f"{key}/{name}"
                 sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value.detach()
         state.optimizer.zero_grad()
@@ -159,8 +159,9 @@ def train(
         _clip_each(parameters, recipe.optim.clip_norm)
         state.optimizer.step()
         follow(state, ema_momentum(recipe, step))
-        for batch, embeddings in writes:  # after the loss: a batch never meets itself
-            state.bank.write(batch.modality, embeddings, batch.patients)
+        for batch, (teacher, _) in zip(current, embedded, strict=True):
+            # After the loss: a batch never meets itself.
+            state.bank.write(batch.modality, teacher[1], batch.patients)
         state.step += 1
         if on_step is not None:
             on_step(done, steps, float(total.detach()))
@@ -198,16 +199,21 @@ def _to(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device)
 
 
-def _embed(state: TrainState, views: Views) -> tuple[Tensor, Tensor]:
-    """Teacher embeddings of the global views, student embeddings of all, one pass a resolution."""
-    num_global, batch = views.global_VBCHW.shape[:2]
+def _embed(state: TrainState, views: Sequence[Views]) -> list[tuple[Tensor, Tensor]]:
+    """Teacher embeddings of the global views and student embeddings of all, of each batch.
+
+    One pass a resolution over all batches together: small passes use a processor badly.
+    """
+    sizes = [part.global_VBCHW.shape[1] for part in views]
+    large = torch.cat([part.global_VBCHW for part in views], dim=1)  # [2, B, C, H, W]
+    small = torch.cat([part.local_VBCHW for part in views], dim=1)
     with torch.no_grad():
-        teacher = state.teacher(views.global_VBCHW.flatten(0, 1)).view(num_global, batch, -1)
-    student = state.student(views.global_VBCHW.flatten(0, 1)).view(num_global, batch, -1)
-    if len(views.local_VBCHW):
-        local = state.student(views.local_VBCHW.flatten(0, 1))
-        student = torch.cat([student, local.view(len(views.local_VBCHW), batch, -1)])
-    return teacher, student
+        teacher = state.teacher(large.flatten(0, 1)).unflatten(0, large.shape[:2])
+    student = state.student(large.flatten(0, 1)).unflatten(0, large.shape[:2])
+    if len(small):
+        local = state.student(small.flatten(0, 1)).unflatten(0, small.shape[:2])
+        student = torch.cat([student, local])  # [V, B, D]
+    return list(zip(teacher.split(sizes, dim=1), student.split(sizes, dim=1), strict=True))
 
 
 def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
