@@ -33,6 +33,8 @@ def consistency_loss(
     blocks: Sequence[Tensor],
     student_temperature: float,
     teacher_temperature: float,
+    *,
+    first_view: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy between the views' similarities to the entries of each block.
 
@@ -43,12 +45,13 @@ def consistency_loss(
     only product as large as the memory, and what a student view meets is added up as vectors [D].
 
     Args:
-        student: unit embeddings [V, B, D]; the teacher's views are the first of them.
+        student: unit embeddings [V, B, D] of all views or of some that follow each other.
         teacher: unit embeddings [U, B, D] of the global views, without gradient.
         memory: unit entries [K, D] of the images' modality.
         blocks: index vectors that cut 0..K-1, from `random_blocks`.
         student_temperature: positive.
         teacher_temperature: positive; below the student's it sharpens the targets.
+        first_view: place of the first of the student's views; the teacher's views are 0 to U-1.
 
     Returns:
         The loss, and the mean entropy of the targets in nats (no gradient): both tend to
@@ -56,8 +59,8 @@ def consistency_loss(
     """
     num_views, batch = student.shape[:2]
     num_targets = teacher.shape[0]
-    meets = torch.ones(num_views, num_targets, device=student.device)  # [V, U], 1 where u != v
-    meets[:num_targets].fill_diagonal_(0)
+    places = torch.arange(first_view, first_view + num_views, device=student.device)[:, None]
+    meets = (places != torch.arange(num_targets, device=student.device)).to(student.dtype)  # [V, U]
     order = torch.cat(list(blocks)).to(memory.device)
     loss, entropy = student.new_zeros(()), student.new_zeros(())
     for entries in torch.split(memory[order], [len(b) for b in blocks]):  # [P, D]

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.augment import Views, make_views
+from core.augment import make_views
 from core.backbone import Network, use_plain_attention
 from core.checkpoint import Arrays
 from core.config import Recipe
-from core.losses import centre, consistency_loss, koleo_loss, random_blocks
+from core.losses import random_blocks
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
+from core.objective import Objective
+from core.optimizer import clip_each, make_optimizer
 from core.randomness import torch_generator
 from core.schedules import ema_momentum, learning_rate, teacher_temperature, weight_decay
 
@@ -58,7 +60,7 @@ def new_state(recipe: Recipe, device: torch.device, *site_key: int | str) -> Tra
         use_plain_attention(teacher)
     anchors = torch_generator(recipe.seed, "anchors", *site_key)
     bank = MemoryBank(recipe.memory.entries_per_modality, recipe.model.embedding_dim, anchors)
-    return TrainState(student, teacher, _optimizer(student, recipe), bank.to(device), device)
+    return TrainState(student, teacher, make_optimizer(student, recipe), bank.to(device), device)
 
 
 def network_arrays(network: Network) -> Arrays:
@@ -113,58 +115,53 @@ def train(
         site: names the random streams, so that sites draw different views.
         on_step: progress, called after each step.
     """
-    device, loss_config, parameters = state.device, recipe.loss, list(state.student.parameters())
-    dtype = torch.bfloat16 if uses_bf16(recipe, device) else None
+    device, parameters = state.device, list(state.student.parameters())
     sums: dict[str, Tensor] = {}
     for done in range(1, steps + 1):
         step = state.step
         set_rates(state.optimizer, recipe, step)
-        temperature = teacher_temperature(recipe, step)
-        total = torch.zeros((), device=device)
         current = batches(step)
         names = [MODALITIES[batch.modality] for batch in current]
+        sizes = [len(batch.images) for batch in current]
         streams = [torch_generator(recipe.seed, site, "step", step, name) for name in names]
         views = [
             make_views(_to(batch.images, device), name, recipe.views, draws)
             for batch, name, draws in zip(current, names, streams, strict=True)
         ]
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            embedded = _embed(state, views)  # a modality: [2, B, D], [V, B, D]
-        for batch, name, draws, (teacher, student) in zip(
-            current, names, streams, embedded, strict=True
-        ):
-            memory = state.bank.embeddings[batch.modality]
-            if (slots := state.extra_slots.get(batch.modality)) is not None:
-                memory = torch.cat([memory, slots])
-            if recipe.memory.centred:
-                mean = state.bank.mean(batch.modality)
-                student, teacher, memory = (centre(e, mean) for e in (student, teacher, memory))
-            blocks = random_blocks(len(memory), recipe.memory.blocks, draws)
-            consistency, entropy = consistency_loss(
-                student, teacher, memory, blocks, loss_config.student_temperature, temperature
-            )
-            koleo = (
-                (koleo_loss(student[0]) + koleo_loss(student[1])) / 2
-                if student.shape[1] > 1
-                else student.new_zeros(())
-            )
-            share = len(batch.images) / sum(len(b.images) for b in current)
-            total = total + share * (consistency + loss_config.koleo_weight * koleo)
-            figures = {"loss": consistency, "koleo": koleo, "teacher_entropy": entropy}
-            for key, value in figures.items():
-                wire = f"{key}/{name}"
-                sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value.detach()
+        large = torch.cat([part.global_VBCHW for part in views], dim=1)  # [2, B, C, H, W]
+        small = torch.cat([part.local_VBCHW for part in views], dim=1)
+        with torch.no_grad():
+            targets = _embed(state.teacher, large, sizes, recipe)
+        objectives = [
+            _objective(state, recipe, batch.modality, teacher, draws)
+            for batch, teacher, draws in zip(current, targets, streams, strict=True)
+        ]
         state.optimizer.zero_grad()
-        torch.autograd.backward(total)
-        _clip_each(parameters, recipe.optim.clip_norm)
+        total = torch.zeros((), device=device)
+        for first_view, pixels in ((0, large), (len(large), small)):
+            if len(pixels) == 0:
+                continue
+            part = torch.zeros((), device=device)
+            students = _embed(state.student, pixels, sizes, recipe)
+            for name, size, objective, student in zip(
+                names, sizes, objectives, students, strict=True
+            ):
+                loss, figures = objective.of_views(student, first_view)
+                part = part + size / sum(sizes) * loss
+                for key, value in figures.items():
+                    wire = f"{key}/{name}"
+                    sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value
+            torch.autograd.backward(part)  # frees these views' activations
+            total += part.detach()
+        clip_each(parameters, recipe.optim.clip_norm)
         state.optimizer.step()
         follow(state, ema_momentum(recipe, step))
-        for batch, (teacher, _) in zip(current, embedded, strict=True):
+        for batch, teacher in zip(current, targets, strict=True):
             # After the loss: a batch never meets itself.
             state.bank.write(batch.modality, teacher[1], batch.patients)
         state.step += 1
         if on_step is not None:
-            on_step(done, steps, float(total.detach()))
+            on_step(done, steps, float(total))
     return {name: float(value) / steps for name, value in sums.items()}
 
 
@@ -199,38 +196,34 @@ def _to(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device)
 
 
-def _embed(state: TrainState, views: Sequence[Views]) -> list[tuple[Tensor, Tensor]]:
-    """Teacher embeddings of the global views and student embeddings of all, of each batch.
-
-    One pass a resolution over all batches together: small passes use a processor badly.
-    """
-    sizes = [part.global_VBCHW.shape[1] for part in views]
-    large = torch.cat([part.global_VBCHW for part in views], dim=1)  # [2, B, C, H, W]
-    small = torch.cat([part.local_VBCHW for part in views], dim=1)
-    with torch.no_grad():
-        teacher = state.teacher(large.flatten(0, 1)).unflatten(0, large.shape[:2])
-    student = state.student(large.flatten(0, 1)).unflatten(0, large.shape[:2])
-    if len(small):
-        local = state.student(small.flatten(0, 1)).unflatten(0, small.shape[:2])
-        student = torch.cat([student, local])  # [V, B, D]
-    return list(zip(teacher.split(sizes, dim=1), student.split(sizes, dim=1), strict=True))
+def _embed(
+    network: Network, pixels_VBCHW: Tensor, sizes: Sequence[int], recipe: Recipe
+) -> Sequence[Tensor]:
+    """Embeddings [V, B, D] of each batch, in one pass: small passes use a processor badly."""
+    device = pixels_VBCHW.device
+    dtype = torch.bfloat16 if uses_bf16(recipe, device) else None
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        embeddings = network(pixels_VBCHW.flatten(0, 1))
+    return torch.split(embeddings.view(*pixels_VBCHW.shape[:2], -1), list(sizes), dim=1)
 
 
-def _optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW in groups of one decay and layer scale; `lr_scale` and `decays` steer `set_rates`."""
-    depth = len(student.backbone.blocks)  # type: ignore[arg-type]
-    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
-        layer = depth + 1
-        if name.startswith("backbone.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith(("backbone.patch_embed", "backbone.cls_token", "backbone.pos_embed")):
-            layer = 0
-        decays = parameter.ndim >= 2 and not name.endswith(("cls_token", "pos_embed", "reg_token"))
-        scale = recipe.optim.layer_decay ** (depth + 1 - layer)
-        groups.setdefault((scale, decays), []).append(parameter)
-    table = [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
-    return torch.optim.AdamW(table, lr=0.0, weight_decay=0.0, fused=True)
+def _objective(
+    state: TrainState, recipe: Recipe, modality: int, teacher: Tensor, draws: torch.Generator
+) -> Objective:
+    """What the student's views of a batch are compared with in the state's step."""
+    memory = state.bank.embeddings[modality]
+    if (slots := state.extra_slots.get(modality)) is not None:
+        memory = torch.cat([memory, slots])
+    return Objective(
+        teacher,
+        memory,
+        state.bank.mean(modality) if recipe.memory.centred else None,
+        random_blocks(len(memory), recipe.memory.blocks, draws),
+        len(teacher) + recipe.views.local_views,
+        recipe.loss.student_temperature,
+        teacher_temperature(recipe, state.step),
+        recipe.loss.koleo_weight,
+    )
 
 
 def set_rates(optimizer: torch.optim.AdamW, recipe: Recipe, step: int) -> None:
@@ -246,10 +239,3 @@ def follow(state: TrainState, momentum: float) -> None:
     with torch.no_grad():
         averaged: list[Tensor] = list(state.teacher.parameters())
         torch._foreach_lerp_(averaged, list[Tensor](state.student.parameters()), 1 - momentum)
-
-
-def _clip_each(parameters: Sequence[torch.nn.Parameter], limit: float) -> None:
-    """Scale each tensor's gradient to at most `limit`, as MerMED-FM does, not all together."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    torch._foreach_mul_(gradients, [limit / norm.clamp(min=limit) for norm in norms])
