@@ -1,0 +1,92 @@
+"""What a training step takes of memory, told from the recipe alone.
+
+Counted are weights, moments and gradients, the memory bank, the views, and what autograd keeps of
+the larger of the two passes (`core.train` goes backward through one resolution before the next).
+The formula is for timm's plain vision transformer; `benchmarks/training_step.py` and the tests hold
+it against measured bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.backbone import Network
+from core.config import Recipe
+from core.modalities import MODALITIES
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a step at its peak, by what holds them."""
+
+    weights: int
+    """Student, teacher, both moments, gradients, and the weights in half precision."""
+    bank: int
+    views: int
+    activations: int
+    """Of the larger pass, kept for its backward, and what that works in."""
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it; the allocator and the library come on top."""
+        return self.weights + self.bank + self.views + self.activations + self.logits
+
+
+def step_memory(recipe: Recipe, *, half: bool, fused_attention: bool) -> StepMemory:
+    """Predict the peak of a step.
+
+    Args:
+        recipe: model, views, batch and memory.
+        half: whether the passes run under bf16 autocast.
+        fused_attention: whether attention keeps no [N, N] weights (a GPU), or does (a CPU).
+    """
+    with torch.device("meta"):
+        network = Network(recipe.model, recipe.views.global_px)
+    parameters = sum(p.numel() for p in network.parameters())
+    views, batch, size = recipe.views, recipe.optim.batch_size, 2 if half else 4
+    block: Any = network.backbone.blocks[0]  # type: ignore[index]
+    passes = []
+    for px, count in ((views.global_px, 2), (views.local_px, views.local_views)):
+        kept = kept_bytes(network, px, count * batch, half=half, fused_attention=fused_attention)
+        # One block's backward holds gradients before and after the GELU, and two of its tokens.
+        works_in = 2 * size * block.mlp.fc1.out_features + 2 * 4 * block.attn.proj.out_features
+        passes.append(kept + works_in * count * batch * _tokens(network.backbone, px))
+    pixels = 3 * (2 * views.global_px**2 + views.local_views * views.local_px**2)
+    entries, dim = recipe.memory.entries_per_modality, recipe.model.embedding_dim
+    compared = max(2, views.local_views) * batch * entries  # each image with its own ring alone
+    return StepMemory(
+        weights=parameters * (5 * 4 + (2 if half else 0)),
+        bank=len(MODALITIES) * entries * dim * 4,
+        views=2 * 4 * batch * pixels,  # of each modality, and all of them joined
+        activations=max(passes),
+        logits=3 * 4 * compared,  # logits, their softmax, its gradient
+    )
+
+
+def kept_bytes(network: Network, px: int, images: int, *, half: bool, fused_attention: bool) -> int:
+    """What autograd keeps of a forward pass of the student, weights apart.
+
+    Args:
+        network: the student, on any device.
+        px: side of the images.
+        images: how many go through together.
+        half: bf16 autocast.
+        fused_attention: see `step_memory`.
+    """
+    backbone: Any = network.backbone
+    block, size = backbone.blocks[0], 2 if half else 4
+    width, hidden = backbone.embed_dim, block.mlp.fc1.out_features
+    tokens = _tokens(backbone, px)
+    # A token: what both norms take in, and give; query, key, value; what attention gives; what the
+    # GELU takes and gives.
+    row = 2 * 4 * width + (2 + 3 + 1) * size * width + 2 * size * hidden
+    if not fused_attention:
+        row += size * block.attn.num_heads * tokens
+    last = 4 * width + (1 + 2) * size * width  # class token's part is small: core.class_token
+    return int(images * (tokens * ((len(backbone.blocks) - 1) * row + last) + 3 * size * px**2))
+
+
+def _tokens(backbone: Any, px: int) -> int:
+    return int((px // backbone.patch_embed.patch_size[0]) ** 2 + backbone.num_prefix_tokens)
