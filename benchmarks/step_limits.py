@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from step_cases import Step
+from step_cases import CPU, Step
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from core.config import Recipe
+from core.step_memory import step_memory
+from core.train import uses_bf16
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::linear"),
@@ -64,6 +68,14 @@ def bytes_and_flops(step: Step, files: Sequence[tuple[int, Sequence[bytes]]]) ->
     with FlopCounterMode(display=False) as counter, _Bytes() as touched:
         step(files)
     return {"flops": counter.get_total_flops(), "bytes": touched.total}
+
+
+def foretold_mb(recipe: Recipe) -> float:
+    """What core.step_memory says of our step, less what is there before it."""
+    half = uses_bf16(recipe, CPU)
+    memory = step_memory(recipe, half=half, fused_attention=False)
+    networks = memory.weights * 8 // (22 if half else 20)  # of the bytes a parameter
+    return (memory.total - networks - memory.bank) / 2**20
 
 
 def profile_table(step: Step) -> list[tuple[str, float]]:

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from published_step import embed, masked_ring_loss
 from step_cases import CASES, CPU, Case, Step, loss_curves, recipe_of, ring_of, site_data
-from step_limits import bytes_and_flops, matmul_rates, profile_table
+from step_limits import bytes_and_flops, foretold_mb, matmul_rates, profile_table
+from step_tables import tables
 
 from core.augment import Views, make_views
 from core.checkpoint import read_json, write_json
@@ -45,7 +46,7 @@ from core.site_round import SiteData
 from core.train import uses_bf16
 
 RESULTS = Path(__file__).with_suffix(".json")
-AGREEMENT_STEPS = 3
+AGREEMENT_STEPS = 2
 
 
 def processor_seconds(function: Callable[[], object]) -> float:
@@ -154,14 +155,17 @@ def time_logits(case: Case, turns: int) -> dict[str, Any]:
 
 
 def measure_peak(arm: str, case: Case, data: SiteData) -> None:
-    """Print the MB that two steps take at their peak beyond this process before them."""
+    """Print the MB that two steps take at their peak beyond this process before them.
+
+    Pages of libraries, which the first step reads in, are left out.
+    """
     step = Step(arm, case, data)
     files = step.files() if arm == "published" else []
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = memory_mb("VmRSS")
+    before = memory_mb("RssAnon")
     step(files)
     step(files)
-    print(memory_mb("VmHWM") - before)
+    print(memory_mb("VmHWM") - memory_mb("RssFile") - before)
 
 
 def memory_mb(key: str) -> float:
@@ -174,7 +178,9 @@ def peaks(name: str, data: Path) -> dict[str, float]:
     result = {}
     for arm in ("published", "ours"):
         command = [sys.executable, __file__, "--data", str(data), "--cases", name, "--peak", arm]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        # So that freed memory goes back at once, and the peak is that of the tensors.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         result[arm] = float(done.stdout.split()[-1])
     return result
 
@@ -191,51 +197,12 @@ def measure(name: str, data: Path, turns: int) -> dict[str, Any]:
     assert worst < 1e-3, f"the two steps' losses differ: {ours}, {theirs}"
     figures = {"date": time.strftime("%Y-%m-%d"), "loss_difference": worst}
     figures |= time_case(case, held, turns) | time_logits(case, turns)
-    figures["peak_mb"] = peaks(name, data)
+    figures["peak_mb"] = peaks(name, data) | {"foretold": foretold_mb(recipe)}
     for arm in ("published", "ours"):
         step = Step(arm, case, held)
         figures[f"counted_{arm}"] = bytes_and_flops(step, step.files())
     figures["profile"] = profile_table(Step("ours", case, held))
     return figures
-
-
-def tables(results: dict[str, Any]) -> str:
-    """Markdown: a column a case."""
-    cases = results["cases"]
-    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("times the published step's images/s", lambda c: spread(c["times_the_published_rate"])),
-        ("published, s a step (least)", lambda c: f"{c['seconds']['published'][0]:.3f}"),
-        ("ours, s a step (least)", lambda c: f"{c['seconds']['ours'][0]:.3f}"),
-        ("of a bare pass of both networks", lambda c: spread(c["share_of_bare"])),
-        ("of a bare pass of the student", lambda c: spread(c["share_of_bare_student"])),
-        ("loading and views, times the need", lambda c: spread(c["views_times_the_need"], 0)),
-        ("memory's logits, share of the ring's", lambda c: spread(c["logits_cost"], 3)),
-        (
-            "peak of a step, MB: published, ours",
-            lambda c: f"{c['peak_mb']['published']:.0f}, {c['peak_mb']['ours']:.0f}",
-        ),
-        ("GFLOP a step: published, ours", lambda c: counted(c, "flops", 1e9)),
-        ("GB read and written: published, ours", lambda c: counted(c, "bytes", 1e9)),
-        ("largest difference of the losses", lambda c: f"{c['loss_difference']:.0e}"),
-    ]
-    lines = ["| | " + " | ".join(CASES[name].title for name in cases) + " |"]
-    lines.append("|---|" + "---|" * len(cases))
-    lines += [
-        f"| {title} | " + " | ".join(map(cell, cases.values())) + " |" for title, cell in rows
-    ]
-    profile = [f"{share:.0%} {kind}" for kind, share in next(iter(cases.values()))["profile"]]
-    rates = [f"{name} {rate:.0f}" for name, rate in results["gflops"].items()]
-    lines += ["", "Our step: " + ", ".join(profile), "", "GFLOP/s: " + ", ".join(rates)]
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    middle, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{middle} ({low} to {high})"
-
-
-def counted(case: dict[str, Any], key: str, unit: float) -> str:
-    return ", ".join(f"{case[f'counted_{arm}'][key] / unit:.0f}" for arm in ("published", "ours"))
 
 
 def main() -> None:
@@ -246,12 +213,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default="vit_small_patch16_224", help="with --device cuda")
     parser.add_argument("--batch", type=int, default=64, help="with --device cuda")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="bf16, of the GPU (H100)")
     parser.add_argument("--peak", choices=["published", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda":
         from step_cuda import main as on_gpu
 
-        on_gpu(options.model, options.batch, options.turns)
+        on_gpu(options.model, options.batch, options.turns, options.peak_tflops)
         return
     if options.data is None:
         parser.error("--data is needed on a CPU")
