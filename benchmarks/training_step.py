@@ -14,7 +14,7 @@ Ways take turns, so that other work on the machine slows all alike; ratios are m
 ratios, with the lowest and the highest. Encoding PNG files for the published step isn't timed.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/training_step.py --data DIR [--cases pooled ...]
-     [--turns 5] (3 minutes a case on an idle core);
+     [--turns 5] (some 3 minutes of processor time a case);
      python benchmarks/training_step.py --device cuda [--model vit_base_patch16_224] needs no data
 Adds to benchmarks/training_step.json and prints the tables in Markdown.
 """
