@@ -17,7 +17,7 @@ from core.memory import MemoryBank
 from core.modalities import MODALITIES
 from core.objective import Objective
 from core.optimizer import clip_each, make_optimizer
-from core.randomness import torch_generator
+from core.randomness import derive_seed, torch_generator
 from core.schedules import ema_momentum, learning_rate, teacher_temperature, weight_decay
 
 OnStep = Callable[[int, int, float], None]
@@ -136,6 +136,8 @@ def train(
             _objective(state, recipe, batch.modality, teacher, draws)
             for batch, teacher, draws in zip(current, targets, streams, strict=True)
         ]
+        if recipe.model.drop_path:  # timm draws which paths to drop from torch's own generator
+            torch.manual_seed(derive_seed(recipe.seed, site, "paths", step))
         state.optimizer.zero_grad()
         total = torch.zeros((), device=device)
         for first_view, pixels in ((0, large), (len(large), small)):

@@ -111,8 +111,14 @@ def test_what_all_embeddings_share_does_not_reach_the_centred_loss() -> None:
     assert blind["teacher_entropy/us"] > 2 * together["teacher_entropy/us"]
 
 
-def test_training_is_the_same_bits_twice_and_learns_something() -> None:
-    (first, metrics), (again, _) = run(recipe(), 6), run(recipe(), 6)
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_training_is_the_same_bits_twice_and_learns_something(drop_path: float) -> None:
+    options = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config = recipe(model={"options": options, "drop_path": drop_path})
+    torch.manual_seed(1)
+    first, metrics = run(config, 6)
+    torch.manual_seed(2)  # as another process may have it
+    again, _ = run(config, 6)
     for name, array in network_arrays(first.student).items():
         assert np.array_equal(array, network_arrays(again.student)[name]), name
     assert 0 < metrics["teacher_entropy/us"] < math.log(32)
