@@ -214,7 +214,7 @@ def rows(recipe: Recipe, eight: Recipe, round_of: Recipe) -> dict[str, tuple[Rec
     return {
         "one image, one view, plain gradient": (recipe, 1, after(lambda g: g)),
         "the same through a step of AdamW": (recipe, 1, after(lambda g: adamw(g, recipe, clip))),
-        "the same, clip_norm = 1e-10 in the recipe": (
+        "the same, clip_norm = 1e-10, which recipes may not have": (
             recipe, 1, after(lambda g: adamw(g, recipe, 1e-10)),
         ),
         "one image, all its views, plain gradient": (

@@ -129,8 +129,9 @@ class OptimConfig(Strict):
     """Share of all steps with rising learning rate."""
     weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    clip_norm: Positive = 1.0
-    """Per tensor, not over all."""
+    clip_norm: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
+    """Per tensor, not over all. Gradients as small as AdamW's 1e-8 would pass through it in
+    proportion, and what leaves after a step could be turned back into an image (benchmarks)."""
     ema_momentum: Share = 0.97
     """At the first step; rises to 1 by a cosine. 1 freezes the teacher."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
