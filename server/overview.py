@@ -22,7 +22,7 @@ class ModalityView:
 
     verdict: str
     """collapse; of its kNN AUROC in the last rounds: better, worse, steady,
-    too early to tell; unlabelled: no site sends one."""
+    too early to tell; unlabelled: no site sends one; private: none may, by record privacy."""
     images: int
     sites: int
     figures: dict[str, Figure]

@@ -139,6 +139,8 @@ class OverviewReader:
         told = any(f"{modality}: collapse" in words for words in self._tally.alarms)
         if told or alarm(means, modality):
             return "collapse"
+        if self._recipe.privacy.mode == "record":
+            return "private"
         auroc = figures.get("knn_auroc")
         if auroc is None or auroc.change is None:
             return "unlabelled" if auroc is None else "too early"

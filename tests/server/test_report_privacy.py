@@ -32,7 +32,9 @@ def test_record_privacy_is_told_with_each_sites_epsilon(make_study, make_record_
     assert {name: site.epsilon for name, site in view.sites.items()} == {
         "city": 3.0, "st-mary": 1.25,
     }  # fmt: skip
+    assert {modality.verdict for modality in view.modalities.values()} == {"private"}
     text = drawn(run)
+    assert "private in ct, us" in text
     assert "record privacy: epsilon 3.00 of 3.25 a patient, at delta 1e-05" in text
     assert "1.25" in text
     write_report(run, tmp_path / "report.html")
