@@ -88,6 +88,12 @@ def normalise(pixels: Tensor, modality: str) -> Tensor:
     return (pixels - shift) / scale
 
 
+def denormalise(pixels: Tensor, modality: str) -> Tensor:
+    """The inverse of `normalise`."""
+    mean, std = MEAN_STD[modality]
+    return pixels * pixels.new_tensor(std)[:, None, None] + pixels.new_tensor(mean)[:, None, None]
+
+
 def _rand(count: int, draws: Draws) -> Tensor:
     if isinstance(draws, RowDraws):
         return draws.next_column(count)

@@ -49,6 +49,24 @@ def simulate(
 
 
 @app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (.toml): its model, views and seed.")],
+    out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 56 pictures.")] = 400,
+    phantoms: Annotated[int, typer.Option(min=2, help="Pictures drawn of each modality.")] = 2000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**31 - 1, help="In place of the recipe's.")
+    ] = None,
+) -> None:
+    """Pretrain a backbone on drawn pictures, for `model.init_file`: no data and no download."""
+    from server.pretrain import pretrain_file
+
+    digest = pretrain_file(recipe, out, steps=steps, phantoms=phantoms, device=device, seed=seed)
+    typer.echo(f"{out}: backbone pretrained on phantoms, sha256 {digest}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from core.augment import make_views, normalise
+from core.augment import denormalise, make_views, normalise
 from core.config import ViewsConfig
 from core.modalities import MEAN_STD
 
@@ -96,3 +96,9 @@ def test_a_small_area_shows_a_small_part() -> None:
         view = views_of(ramp, still(global_area=(area, area))).global_VBCHW[0]
         spans[area] = float((view.amax((1, 2, 3)) - view.amin((1, 2, 3))).mean())
     assert spans[0.05] == pytest.approx(spans[1.0] * math.sqrt(0.05), rel=0.35)
+
+
+def test_denormalised_pixels_are_the_pixels_that_were_normalised() -> None:
+    pixels = images().float() / 255
+    restored = denormalise(normalise(pixels, "cfp"), "cfp")
+    assert torch.allclose(restored, pixels.expand_as(restored), atol=1e-6)
