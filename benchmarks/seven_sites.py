@@ -1,11 +1,12 @@
-"""What the federation is worth on real images: six ways to get features, three seeds, one table.
+"""What the federation is worth on real images: seven ways to get features, three seeds, one table.
 
-Arms, all with the recipe's backbone and, where they train, the same number of image views:
-  random      the weights before round 1
+Arms, all with the recipe's backbone and, where they train on real images, the same number of views:
+  random      weights as they are drawn
+  init        the weights before round 1: pretrained on phantoms, no real image seen
   local       each hospital alone, as many steps as in the federation; measured on its own modality
   federation  the recipe
   pooled      all images on one machine, one batch of all modalities a step, the same learning rate
-  frozen      the federation with a teacher that stays random, measured on the student: what
+  frozen      the federation with a teacher that stays as it began, measured on the student: what
               distillation alone gives
   pixels      the image shrunk to 16 x 16 pixels, without a network
 and, to choose between ways of federating:
@@ -61,9 +62,9 @@ from core.wire import GlobalState
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "seven_sites.toml"
-ARMS = ("random", "local", "federation", "pooled", "frozen", "pixels")
+ARMS = ("random", "init", "local", "federation", "pooled", "frozen", "pixels")
 CHOICES = ("refilled", "rebuild")
-UNTRAINED = ("random", "pixels")
+UNTRAINED = ("random", "init", "pixels")
 RESULTS = ROOT / "benchmarks" / "seven_sites.json"
 LAST_BLOCKS, NEIGHBOURS = 3, 20
 
@@ -92,9 +93,25 @@ def _single_source(shard: Shard, data: Path) -> Shard:
     return dataclasses.replace(shard, label=label, classes={"cfp": names})
 
 
-def recipe_file(out: Path, arm: str, num_sites: int) -> Path:
+def start_command(out: Path, seed: int) -> list[str]:
+    """Pretrains a seed's backbone once for all arms, as the study itself would before round 1."""
+    steps = load_recipe(RECIPE).model.phantom_steps
+    options = ["--steps", str(steps), "--device", "cpu", "--seed", str(seed)]
+    return [
+        sys.executable, "-m", "server", "pretrain", str(RECIPE), *options,
+        str(start_file(out, seed)),
+    ]  # fmt: skip
+
+
+def start_file(out: Path, seed: int) -> Path:
+    """Where it lies."""
+    return out / "start" / f"{seed}.safetensors"
+
+
+def recipe_file(out: Path, arm: str, seed: int, num_sites: int) -> Path:
     """The recipe of an arm, derived from the study's."""
     table: dict[str, Any] = tomllib.loads(RECIPE.read_text())
+    table["model"] |= {"phantom_steps": 0, "init_file": str(start_file(out, seed))}
     optim, federation = table.setdefault("optim", {}), table.setdefault("federation", {})
     if arm in ("local", "pooled"):
         federation["min_sites"] = 1
@@ -107,7 +124,7 @@ def recipe_file(out: Path, arm: str, num_sites: int) -> Path:
         table.setdefault("memory", {})["at_round_start"] = "refilled"
     if arm == "rebuild":
         federation["teacher"] = "rebuild"
-    path = out / "recipes" / f"{arm}.toml"
+    path = out / "recipes" / f"{arm}-{seed}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_toml(table))
     return path
@@ -132,7 +149,7 @@ def _toml(table: dict[str, Any]) -> str:
 
 def commands(out: Path, arm: str, seed: int, sites: dict[str, Path]) -> list[list[str]]:
     """Commands of an arm and seed: one federation, or for `local` one a hospital."""
-    recipe = recipe_file(out, arm, len(sites))
+    recipe = recipe_file(out, arm, seed, len(sites))
     runs = {"all": sites}
     if arm == "local":
         runs = {name: {name: path} for name, path in sites.items()}
@@ -195,14 +212,17 @@ def features_of(arm: str, out: Path, seed: int, task: Task) -> tuple[Any, Any]:
     if arm == "random":
         with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
             table = tomllib.loads(RECIPE.read_text()) | {"seed": seed}
+            table["model"]["phantom_steps"] = 0
             file.write(_toml(table))
             file.flush()
             model = load_model(Path(file.name))
+    elif arm == "init":
+        model = load_model(start_file(out, seed))
     else:
         label = task.name if arm == "local" else "all"
         run = run_directory(out, arm, seed, label)
         model = load_model(run / "model.safetensors")
-        if arm == "frozen":  # its teacher is the random network still
+        if arm == "frozen":  # its teacher is what it was before round 1
             model.backbone.load_state_dict(_student(run))
     deep = [
         extract(model.backbone, part, task.name, model.px, last_blocks=LAST_BLOCKS)
@@ -280,6 +300,9 @@ def main() -> None:
     out, seeds, arms = arguments.out.resolve(), arguments.seeds, arguments.arms
     sites = prepare(arguments.data, out)
     trained = [arm for arm in arms if arm not in UNTRAINED]
+    if trained or "init" in arms:
+        missing = [seed for seed in seeds if not start_file(out, seed).exists()]
+        run_all([start_command(out, seed) for seed in missing], arguments.jobs)
     run_all(
         [c for s in seeds for arm in trained for c in commands(out, arm, s, sites)], arguments.jobs
     )

@@ -40,10 +40,19 @@ class ModelConfig(Strict):
     """Further arguments of timm.create_model, such as depth or patch_size."""
     init_file: str = ""
     """Pretrained backbone (.safetensors, timm's names), read by the coordinator; empty: random."""
+    phantom_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps by which the coordinator pretrains the backbone on drawn pictures before round 1
+    (core.pretrain); 0: none."""
     head_hidden: Count = 256
     embedding_dim: Annotated[int, Field(ge=2)] = 64
     drop_path: Jitter = 0.0
     """Stochastic depth of the student."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init_file and self.phantom_steps:
+            raise ValueError("'init_file' and 'phantom_steps' are two starts: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _fetches_nothing(self) -> Self:
@@ -220,6 +229,12 @@ class Recipe(Strict):
     def total_steps(self) -> int:
         """Steps of a site over the whole study."""
         return self.federation.rounds * self.federation.local_steps
+
+    @property
+    def from_scratch(self) -> "Recipe":
+        """The same with random first weights: for who needs their number and shapes alone."""
+        model = self.model.model_copy(update={"phantom_steps": 0, "init_file": ""})
+        return self.model_copy(update={"model": model})
 
     def to_json(self) -> str:
         """The complete recipe, defaults included, in a fixed order: equal recipes, equal text."""

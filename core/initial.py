@@ -1,5 +1,6 @@
 """The global state before the first round."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -15,14 +16,23 @@ from core.train import network_arrays
 from core.wire import GlobalState
 
 
-def initial_state(recipe: Recipe) -> GlobalState:
-    """The state before round 1: drawn from the recipe's seed, or read from `model.init_file`.
+def initial_state(recipe: Recipe, on_step: Callable[[float], None] | None = None) -> GlobalState:
+    """The state before round 1: drawn, pretrained on phantoms, or read from `model.init_file`.
+
+    Args:
+        recipe: The study.
+        on_step: Progress of `model.phantom_steps`, called with the loss after each.
 
     Raises:
-        UserError: the init file does not fit the backbone.
+        UserError: the init file does not fit the backbone, or it cannot be pretrained.
     """
-    network = Network(recipe.model, recipe.views.global_px)
-    initialise(network, torch_generator(recipe.seed, "initial"))
+    if recipe.model.phantom_steps:
+        from core.pretrain import Pretraining, pretrain
+
+        network = pretrain(recipe, Pretraining(steps=recipe.model.phantom_steps), on_step=on_step)
+    else:
+        network = Network(recipe.model, recipe.views.global_px)
+        initialise(network, torch_generator(recipe.seed, "initial"))
     if recipe.model.init_file:
         _load_pretrained(network, Path(recipe.model.init_file))
     arrays = network_arrays(network)

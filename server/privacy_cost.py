@@ -75,4 +75,4 @@ def count_weights(run: RunDirectory, recipe: Recipe) -> int | None:
         return None
     from server.study import initial_state
 
-    return sum(array.size for array in initial_state(recipe).student.values())
+    return sum(array.size for array in initial_state(recipe.from_scratch).student.values())

@@ -1,6 +1,9 @@
 """One study from its run directory: open or resume it, run the rounds that are left."""
 
+import itertools
+import logging
 from pathlib import Path
+from typing import Final
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
@@ -15,6 +18,9 @@ from server.live import Live
 from server.overview_reader import PLAN
 from server.release import finish_release
 from server.strategy import FederatedMemory
+
+LOG = logging.getLogger("fedmermed.server")
+TOLD_STEPS: Final = 50
 
 
 def run_study(
@@ -98,4 +104,10 @@ def initial_state(recipe: Recipe) -> GlobalState:
             "install fedmermed[site], or run 'fedmermed-server init RECIPE RUN' where they are and "
             "bring RUN here"
         ) from None
-    return make(recipe)
+    steps, done = recipe.model.phantom_steps, itertools.count(1)
+
+    def on_step(loss: float) -> None:
+        if (number := next(done)) % TOLD_STEPS == 0 or number == steps:
+            LOG.info("pretraining on phantoms: step %d of %d, loss %.3f", number, steps, loss)
+
+    return make(recipe, on_step)

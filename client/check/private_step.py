@@ -23,7 +23,7 @@ def measure_private_rounds(
 
     Nothing of them leaves, so nothing is charged.
     """
-    start = initial_state(recipe)
+    start = initial_state(recipe.from_scratch)
 
     def round_of(steps: int) -> tuple[float, Arrays]:
         federation = recipe.federation.model_copy(update={"local_steps": steps})

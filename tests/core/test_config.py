@@ -36,6 +36,7 @@ def test_every_recipe_loads_and_survives_the_wire(path: Path) -> None:
         ('[federation]\nteacher = "freeze"', "'average' or 'rebuild'"),
         ("seed = = 1", "not valid TOML"),
         ('[model]\nbackbone = "hf-hub:timm/vit_tiny"', "must be a plain timm name"),
+        ('[model]\ninit_file = "a"\nphantom_steps = 3', "are two starts: give one of them"),
         ("[model]\noptions = { pretrained = true }", "option 'pretrained' is not allowed"),
         ('[model]\noptions = { checkpoint_path = "a" }', "option 'checkpoint_path' is not"),
     ],

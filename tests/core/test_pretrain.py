@@ -1,11 +1,16 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+import core.pretrain
 from core.config import ModelConfig
 from core.describe import FIGURES, describe
 from core.errors import UserError
 from core.initial import initial_state
 from core.pretrain import GRID_CELLS, PATCH_CELLS, Lesson, Pretraining, pretrain
+from core.train import network_arrays
 
 SHORT = Pretraining(steps=30, phantoms=12, batch_size=14, learning_rate=3e-3)
 
@@ -31,6 +36,21 @@ def test_the_head_stays_as_the_study_would_draw_it(recipe) -> None:
     trained = pretrain(recipe, Pretraining(steps=2, phantoms=4, batch_size=7)).state_dict()
     for name in (n for n in drawn if n.startswith("head.")):
         assert torch.equal(trained[name], torch.from_numpy(drawn[name]))
+
+
+def test_a_recipe_may_have_its_study_begin_so_and_says_how_far_it_is(recipe, monkeypatch) -> None:
+    quick = Pretraining(steps=2, phantoms=4, batch_size=7)
+    monkeypatch.setattr(core.pretrain, "Pretraining", lambda steps: replace(quick, steps=steps))
+    model = recipe.model.model_copy(update={"phantom_steps": 2})
+    begun = recipe.model_copy(update={"model": model})
+    losses: list[float] = []
+    state = initial_state(begun, losses.append)
+    assert len(losses) == 2
+    trained = network_arrays(pretrain(recipe, quick))
+    for arrays in (state.student, state.teacher):
+        assert all(np.array_equal(arrays[name], trained[name]) for name in trained)
+    drawn, scratch = initial_state(recipe).student, initial_state(begun.from_scratch).student
+    assert all(np.array_equal(drawn[name], scratch[name]) for name in drawn)
 
 
 def test_an_answer_that_is_right_costs_nothing_and_the_usual_one_costs_one_a_part() -> None:
