@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
-from flwr.app import Context, Error, Message
+from flwr.app import Array, ArrayRecord, Context, Error, Message
 from flwr.supercore.tls import validate_and_resolve_root_certificates
 from flwr.supercore.utils import get_flwr_home
 from flwr.supernode.runtime import run_clientapp as flower
@@ -30,6 +30,7 @@ import client
 import core
 from client.app import CLIENT_APP_ERROR, FAILED, respond
 from core.errors import UserError
+from core.parcel import close_parcel, open_parcel
 
 FLOWER: Final = "1.41.0"
 """The version whose insides these lines were checked against."""
@@ -139,7 +140,11 @@ class Task:
         """Have our app answer, for this site and as sent with this bundle."""
         config = {**context.node_config, "site": str(self._site_file)}
         mine = Context(context.run_id, context.node_id, config, context.state, {})
+        for record in _arrays_of(message):
+            open_parcel(record, Array)
         self._reply = respond(message, mine, self._bundle)
+        for record in _arrays_of(self._reply):
+            close_parcel(record, Array)
         return self._reply
 
     def push_message(self, connection: Any, message: Message, context: Context) -> None:
@@ -147,6 +152,10 @@ class Task:
         if message is not self._reply:
             message.error = Error(CLIENT_APP_ERROR, FAILED)  # raises if it holds anything else
         self._push(connection, message, context)
+
+
+def _arrays_of(message: Message) -> list[ArrayRecord]:
+    return list(message.content.array_records.values()) if message.has_content() else []
 
 
 def _log_ours() -> None:

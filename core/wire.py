@@ -14,6 +14,7 @@ Up (site to server), RecordDict with two records:
                           <metric> in METRICS
 With record privacy (core/privacy) metrics are round, num_examples/<modality> as the site declares
 them in public, and epsilon; prototypes are there only in the rounds that release them.
+Between a coordinator's service and a site's launcher small arrays travel in one (core/parcel.py).
 Weights are float32, or float16 where the recipe's transport is delta16 (core/transport.py).
 A query message ("config": study) is answered with ConfigRecord "info": site, version.
 

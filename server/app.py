@@ -10,6 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.history import read_recipe
+from server.parcels import ParcelGrid
 from server.study import run_study
 
 app = ServerApp()
@@ -30,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     recipe = read_recipe(file)
     registered = str(config.get("registered", ""))
     run_study(
-        grid,
+        ParcelGrid(grid) if registered else grid,  # on the service sites answer by a launcher
         recipe,
         Path(str(config["run-dir"])),
         expect_sites=int(config.get("sites", 0)),
