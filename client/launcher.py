@@ -1,7 +1,10 @@
-"""Answer one message of the SuperNode by the site's own ClientApp, whatever bundle came with it.
+"""Answer each message of the SuperNode by the site's own ClientApp, whatever bundle came with it.
 
 Flower's `flwr-clientapp` unpacks the bundle that the coordinator sent, and imports it. This program
 takes its place: it has Flower fetch the message and push the reply, and does the rest itself.
+
+It imports ahead all that training needs, which takes longer than a short round, and then waits for
+tasks: an Order as JSON on each line of standard input. For each it forks.
 
 **Guarantees**, for every bundle and message:
     - The bundle is hashed, and neither unpacked, installed, written to disk nor imported.
@@ -9,16 +12,23 @@ takes its place: it has Flower fetch the message and push the reply, and does th
     - Only a reply that `client.app` made leaves; an error of Flower's own leaves without its text.
     - It does not start beside a Flower that it was not checked against, nor where a name that it
       replaces is missing or no longer called, nor from a directory of unpacked bundles.
+    - Each message has a process of its own, which begins as this one is after its imports: before a
+      task comes, nothing of the site is read but this program.
+    - It ends when whoever starts it ends.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
+import importlib
+import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import Any, Final
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message
@@ -29,64 +39,74 @@ from flwr.supernode.runtime import run_clientapp as flower
 import client
 import core
 from client.app import CLIENT_APP_ERROR, FAILED, respond
+from client.guard import FIRST_PAUSE_SECONDS, replace_in
 from core.errors import UserError
 from core.parcel import close_parcel, open_parcel
 
-FLOWER: Final = "1.41.0"
-"""The version whose insides these lines were checked against."""
+LOG = logging.getLogger("fedmermed.site")
+AHEAD: Final = ("core.site_round", "core.private_round", "client.evaluation")
+"""What a message's process imports when it needs it, torch among it."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A task: where the SuperNode is, and by which token it gives the message."""
+
+    runtime_api_address: str
+    token: str
+    insecure: bool
+    root_certificates: str | None
+    parent_pid: int | None
+    """Flower's task ends when this process does."""
 
 
 def main() -> None:
-    """Run the task whose token stands on the first line of standard input."""
+    """Start a process for each order, until there can be no more."""
     _log_ours()
-    arguments = _parser().parse_args()
+    site_file = _parser().parse_args().site
     try:
         check_own_code()
-        task = Task(arguments.site)
-        replace_in(flower, flower.run_clientapp, task.replacements())
+        replace_in(flower, flower.run_clientapp, Task(site_file).replacements())
+        pull = "pull_and_inflate_object_from_tree"
+        sooner = partial(vars(flower)[pull], initial_backoff=FIRST_PAUSE_SECONDS)
+        replace_in(flower, flower.pull_task_input, {pull: sooner})
     except UserError as error:
         sys.exit(f"error: {error}")
+    import_ahead()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries who has ended
+    # Without a buffer: what is read ahead here would be a token in another task's process.
+    with open(0, "rb", buffering=0, closefd=False) as orders:
+        while line := orders.readline():
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                run(Order(**json.loads(line)))
+
+
+def import_ahead() -> None:
+    """Import what takes long; what cannot be imported is told of, and again by who needs it.
+
+    Nothing here may ask for a GPU: a process that has cannot share it with what it forks.
+    """
+    for module in AHEAD:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            LOG.warning("%s cannot be imported: %s", module, error)
+
+
+def run(order: Order) -> None:
+    """Have Flower work on one task, then end."""
     flower.run_clientapp(
-        runtime_api_address=arguments.runtime_api_address,
-        token=sys.stdin.readline().strip(),
-        insecure=arguments.insecure,
+        runtime_api_address=order.runtime_api_address,
+        token=order.token,
+        insecure=order.insecure,
         certificates=validate_and_resolve_root_certificates(
-            arguments.root_certificates, arguments.insecure
+            order.root_certificates, order.insecure
         ),
-        parent_pid=arguments.parent_pid,
+        parent_pid=order.parent_pid,
         runtime_dependency_install=False,
     )
-
-
-def replace_in(
-    module: ModuleType, caller: Callable[..., Any], names: dict[str, Callable[..., Any]]
-) -> None:
-    """Give names in one of Flower's modules another meaning, if it still is what we know.
-
-    Args:
-        module: Where the names are.
-        caller: The function of that module that calls them.
-        names: Name -> what it shall mean.
-
-    Raises:
-        UserError: Flower is of another version, or a name is missing or not called any more.
-    """
-    version = importlib.metadata.version("flwr")
-    if version != FLOWER:
-        raise UserError(
-            f"Flower {version} is installed, and this program guards against bundles in Flower "
-            f"{FLOWER} alone; run: pip install flwr=={FLOWER}"
-        )
-    assert isinstance(caller, FunctionType)
-    for name in names:
-        if not callable(getattr(module, name, None)) or name not in caller.__code__.co_names:
-            raise UserError(
-                f"Flower {version} has no '{name}' in '{module.__name__}' that can be replaced, so "
-                "a bundle that is sent could run; nothing is started. Install this program and "
-                "Flower anew"
-            )
-    for name, meaning in names.items():
-        setattr(module, name, meaning)
 
 
 def check_own_code() -> None:
@@ -170,10 +190,6 @@ def _log_ours() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--site", type=Path, required=True)
-    parser.add_argument("--runtime-api-address", required=True)
-    parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--root-certificates")
-    parser.add_argument("--parent-pid", type=int)
     return parser
 
 

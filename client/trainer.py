@@ -1,4 +1,4 @@
-"""The part of a site that trains: takes tasks of the site's SuperNode and starts one process each.
+"""The part of a site that trains: takes tasks of its SuperNode, and has a process work on each.
 
 It is Flower's own `flower-superexec`, which asks the SuperNode for tasks, with one thing replaced:
 what it starts. A task of another kind than a ClientApp's is neither asked for nor started.
@@ -6,9 +6,12 @@ what it starts. A task of another kind than a ClientApp's is neither asked for n
     python -P -m client.trainer SITE.toml <arguments of flower-superexec>
 """
 
+import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -23,12 +26,15 @@ from flwr.supercore.superexec.executor import (
 )
 from flwr.supernode.runtime import run_clientapp
 
-from client.launcher import Task, check_own_code, replace_in
+from client.guard import replace_in
+from client.launcher import Order, Task, check_own_code
 from client.parts import QUIET, python_path
 from core.errors import UserError
 
 RETRY_SECONDS: Final = 2
 """Longest pause between looks for a SuperNode that is away: it is near, and Flower's 20 s long."""
+AGAIN_SECONDS: Final = 10.0
+"""Between two starts of a launcher that ends without being told to."""
 
 
 def main() -> None:
@@ -36,7 +42,7 @@ def main() -> None:
     site_file = Path(sys.argv.pop(1))
     try:
         check_own_code()
-        # Each launcher checks this too; here it is said before there is a task to lose.
+        # The launcher checks this too; here it is said before there is a task to lose.
         replace_in(run_clientapp, run_clientapp.run_clientapp, Task(site_file).replacements())
         names = {"get_executor": lambda *_, **__: Launches(site_file)}
         replace_in(flower, flower.run_superexec, names)
@@ -48,11 +54,12 @@ def main() -> None:
 
 
 class Launches(SubprocessExecutor):
-    """Starts `client.launcher` for each task; the token goes through a pipe, unseen by `ps`."""
+    """Hands tasks to one `client.launcher`, which forks for each; tokens are unseen by `ps`."""
 
     def __init__(self, site_file: Path) -> None:
         self._site_file = site_file
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._started = -AGAIN_SECONDS
 
     def get_eligible_capacity(
         self, supported_task_types: set[TaskType], **_: object
@@ -61,31 +68,50 @@ class Launches(SubprocessExecutor):
         return {TaskType.CLIENT_APP} & supported_task_types, set()
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
-        """Start the process of a task."""
+        """Have a process work on a task."""
         if spec.task_type != TaskType.CLIENT_APP:
             return LaunchResult.failed(f"a site runs no task of kind '{spec.task_type}'")
-        words = [sys.executable, "-P", "-m", "client.launcher", "--site", str(self._site_file)]
-        words += ["--runtime-api-address", spec.runtime_api_address]
-        if spec.insecure:
-            words.append("--insecure")
-        elif spec.root_certificates_path is not None:
-            words += ["--root-certificates", spec.root_certificates_path]
-        if spec.parent_pid is not None:
-            words += ["--parent-pid", str(spec.parent_pid)]
-        environment = {**os.environ, **QUIET, "PYTHONPATH": python_path(os.environ)}
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, env=environment)
-        self._running.append(process)
-        assert process.stdin is not None
-        try:
-            with process.stdin as pipe:
-                pipe.write(spec.token.encode() + b"\n")
-        except BrokenPipeError:
-            return LaunchResult.failed("the process ended at once; what it printed says why")
-        return LaunchResult.accepted()
+        order = Order(
+            spec.runtime_api_address, spec.token, spec.insecure, spec.root_certificates_path,
+            spec.parent_pid,
+        )  # fmt: skip
+        if self._order(order) or self._order(order):  # one may have died unseen
+            return LaunchResult.accepted()
+        return LaunchResult.failed("the process ended at once; what it printed says why")
 
     def reconcile(self) -> None:
-        """Bury processes that have ended; called at every look for tasks."""
-        self._running = [process for process in self._running if process.poll() is None]
+        """Keep a launcher ready; called at every look for tasks."""
+        if self._ended() and time.monotonic() - self._started >= AGAIN_SECONDS:
+            self._start()
+
+    def close(self) -> None:
+        """End the launcher; processes that it started notice our end."""
+        if self._launcher is not None:
+            self._launcher.terminate()
+
+    def _ended(self) -> bool:
+        return self._launcher is None or self._launcher.poll() is not None
+
+    def _order(self, order: Order) -> bool:
+        """Whether a launcher took the order."""
+        if self._ended():
+            self._start()
+        assert self._launcher is not None
+        assert self._launcher.stdin is not None
+        try:
+            self._launcher.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
+        except BrokenPipeError:
+            self._launcher.wait()
+            return False
+        return True
+
+    def _start(self) -> None:
+        words = [sys.executable, "-P", "-m", "client.launcher", "--site", str(self._site_file)]
+        environment = {**os.environ, **QUIET, "PYTHONPATH": python_path(os.environ)}
+        if self._launcher is not None and self._launcher.stdin is not None:
+            self._launcher.stdin.close()
+        self._launcher = subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0, env=environment)
+        self._started = time.monotonic()
 
 
 if __name__ == "__main__":

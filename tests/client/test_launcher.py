@@ -1,32 +1,25 @@
-"""What stands between a bundle that is sent and a site: launcher and trainer."""
+"""What stands between a bundle that is sent and a site."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as superexec
-from flwr.supercore.superexec.executor import ExecutionSpec
 from flwr.supernode.runtime import run_clientapp as flower
 
-from client import launcher, trainer
+from client import launcher
 from client.app import CLIENT_APP_ERROR, FAILED
-from client.launcher import FLOWER, Task, check_own_code, replace_in
+from client.guard import FLOWER, replace_in
+from client.launcher import Task, check_own_code
 from client.parts import python_path
 from core.errors import UserError
 from server.grid import FIRST_NODE_ID, InProcessGrid
-
-
-def spec(kind=TaskType.CLIENT_APP):
-    return ExecutionSpec(
-        task_type=kind, runtime_api_address="127.0.0.1:1", token="the token", insecure=True,
-        root_certificates_path=None, runtime_dependency_install=True, parent_pid=os.getpid(),
-        suppress_output=False, task_id=1,
-    )  # fmt: skip
 
 
 def test_the_installed_flower_has_all_that_is_replaced(tmp_path):
@@ -125,46 +118,65 @@ def test_packages_of_two_installations_are_refused(monkeypatch, tmp_path):
         check_own_code()
 
 
-def test_the_trainer_takes_tasks_of_client_apps_alone(tmp_path):
-    launches = trainer.Launches(tmp_path / "site.toml")
-    assert launches.get_eligible_capacity(set(TaskType)) == ({TaskType.CLIENT_APP}, set())
-    for kind in set(TaskType) - {TaskType.CLIENT_APP}:
-        assert launches.launch(spec(kind)).status == "failed"
+FORKS = """\
+import json, os, signal, sys, threading
+from client import launcher
+
+def run(order):
+    assert sys.stdin.read() == ""  # the orders are not its own to read
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    torch = sys.modules["torch"]
+    with open(order.token, "w") as file:
+        json.dump([os.getpid(), os.getppid(), float((torch.ones(64, 64) @ torch.ones(64, 1)).sum())
+            ], file)
+    os._exit(0)
+
+read = []
+sys.addaudithook(lambda event, given: read.append(given[0]) if event == "open" else None)
+launcher.run = run
+import_ahead = launcher.import_ahead
+
+def asks_no_gpu():
+    import torch
+    for name in ("is_available", "device_count", "current_device", "_lazy_init"):
+        setattr(torch.cuda, name, lambda *_: sys.exit("a GPU was asked for"))
+    import_ahead()
+    assert "timm" in sys.modules and "opacus" in sys.modules
+    assert threading.active_count() == 1  # another's locks would stay locked where it is not
+
+launcher.import_ahead = asks_no_gpu
+sys.argv[1:] = ["--site", "SITE/site.toml"]
+launcher.main()
+assert not [path for path in read if "SITE" in str(path)]
+print("ended")
+"""
 
 
-def test_a_task_starts_our_launcher_and_its_token_is_no_argument(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    program = tmp_path / "python"  # says how it was called
-    program.write_text(f'#!/bin/sh\n(echo "$@"; echo "$PYTHONPATH"; cat) > {out}.new\n'
-                       f"mv {out}.new {out}\n")  # fmt: skip
-    program.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(program))
-    launches = trainer.Launches(tmp_path / "site.toml")
-    assert launches.launch(spec()).status == "accepted"
-    launches._running[0].wait(30)
-    words, path, token = out.read_text().splitlines()
-    assert words.startswith(f"-P -m client.launcher --site {tmp_path}/site.toml ")
-    assert "the token" not in words
-    assert "--allow" not in words  # no installation of what a bundle asks for
-    assert token == "the token"
-    assert path == python_path(os.environ)
-    launches.reconcile()
-    assert launches._running == []
+def test_each_task_has_a_process_of_its_own_that_has_imported_what_it_needs(tmp_path):
+    words = [sys.executable, "-P", "-c", FORKS]
+    environment = {**os.environ, "PYTHONPATH": python_path(os.environ)}
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    order = {"runtime_api_address": "", "insecure": True, "root_certificates": None}
+    for name in "ab":
+        line = order | {"token": str(tmp_path / name), "parent_pid": None}
+        process.stdin.write(json.dumps(line) + "\n")
+    said, _ = process.communicate(timeout=120)  # also closes its input, by which it ends
+    assert (process.returncode, said) == (0, "ended\n")
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    one, other = (json.loads((tmp_path / name).read_text()) for name in "ab")
+    assert len({process.pid, one[0], other[0]}) == 3
+    assert one[2] == other[2] == 64 * 64
 
 
-def test_a_launcher_that_cannot_start_is_a_failed_launch(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/true")
-    launches = trainer.Launches(tmp_path / "site.toml")
-    monkeypatch.setattr(subprocess.Popen, "__init__", _ended(subprocess.Popen.__init__))
-    assert launches.launch(spec()).status == "failed"
-
-
-def _ended(start):
-    def started(process, *words, **options):
-        start(process, *words, **options)
-        process.wait()
-
-    return started
+def test_what_cannot_be_imported_ahead_is_told_and_is_no_end(monkeypatch, caplog):
+    monkeypatch.setattr(launcher, "AHEAD", ("no.such.package",))
+    launcher.import_ahead()
+    assert "no.such.package cannot be imported: No module named 'no'" in caplog.text
 
 
 def test_packages_of_our_names_in_the_current_folder_are_not_imported(tmp_path):
