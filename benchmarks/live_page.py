@@ -255,7 +255,7 @@ def kill_supernode(site: str) -> None:
             parents[int(directory.name)] = parent, words
     for pid, (parent, words) in parents.items():
         above = parents.get(parent, (0, ""))[1]
-        if "flower-supernode" in words and f"/{site}/site.toml" in above:
+        if "client.supernode" in words and f"/{site}/site.toml" in above:
             os.kill(pid, signal.SIGKILL)
             return
     raise AssertionError(f"no SuperNode of {site}")

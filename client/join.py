@@ -18,13 +18,13 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from client.check.connection import secure, target_of, within
 from client.check.network import untrusted
+from client.guard import check_flower
 from client.parts import (
     Meeting,
     await_secret,
     become,
     make_secret,
     make_state_directory,
-    program,
     supernode_environment,
     supernode_words,
     trainer_environment,
@@ -77,7 +77,7 @@ def join(site_file: Path, meet: Meeting, part: str | None = None, parent: int = 
             words += ["--parent-pid", str(parent)]
         become(words, trainer_environment(site, os.environ), parent)
     check_kit(site_file, site)
-    program("flower-supernode")
+    check_flower()
     make_state_directory(site)
     hold_alone(site)
     same = [*(sys.executable, "-P", "-m", "client", "join", str(site_file.absolute()))]

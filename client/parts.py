@@ -28,6 +28,9 @@ from core.errors import UserError
 
 LOG = logging.getLogger("fedmermed.join")
 QUIET: Final = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+POLL: Final = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
+POLL_SECONDS: Final = "0.25"
+"""How often the trainer looks for a task; Flower's own is a second."""
 PR_SET_PDEATHSIG: Final = 1
 """prctl(2): the signal that this process gets when the one that started it dies."""
 
@@ -55,7 +58,7 @@ def supernode_words(coordinator: Mapping[str, str], site_file: Path, meet: Meeti
     """
     config = json.dumps(str(site_file.absolute()), ensure_ascii=False)
     return [
-        str(program("flower-supernode")),
+        *(sys.executable, "-P", "-m", "client.supernode"),
         *("--superlink", coordinator["superlink"]),
         *("--root-certificates", coordinator["root_certificates"]),
         *("--auth-supernode-private-key", coordinator["private_key"]),
@@ -71,18 +74,6 @@ def trainer_words(site_file: Path, meet: Meeting) -> list[str]:
         *("--insecure", "--runtime-api-address", meet.runtime),
         *("--superexec-auth-secret-file", str(meet.secret)),
     ]
-
-
-def program(name: str) -> Path:
-    """One of Flower's programs, beside our Python.
-
-    Raises:
-        UserError: it is not there.
-    """
-    found = Path(sys.executable).parent / name
-    if not found.exists():
-        raise UserError(f"'{found}' does not exist; install flwr beside this Python")
-    return found
 
 
 def become(words: list[str], environment: Mapping[str, str], parent: int = 0) -> NoReturn:
@@ -187,7 +178,7 @@ def supernode_environment(site: SiteConfig, outer: Mapping[str, str]) -> dict[st
 
 def trainer_environment(site: SiteConfig, outer: Mapping[str, str]) -> dict[str, str]:
     """As the SuperNode's, less what would lead elsewhere: it speaks to the SuperNode alone."""
-    environment = supernode_environment(site, outer)
+    environment = {POLL: POLL_SECONDS, **supernode_environment(site, outer)}
     return {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
 
 

@@ -23,13 +23,21 @@ from core.wire import NOT_NOW
 from server.grid import InProcessGrid
 from server.history import Line
 from server.live import Live
+from server.replies import count_bytes
 
 LOG = logging.getLogger("fedmermed.server")
 M_MMAP_THRESHOLD: Final = -3  # malloc.h
 LARGE_BYTES: Final = 1_048_576
 PULL_SECONDS: Final = 3.0
-"""Between two looks for replies, as in Flower, where a grid has no `pull_interval` of its own. A
-SuperLink with a database and states of 400 MB has failed when it was asked every half second."""
+"""Longest pause between two looks for replies, as in Flower, where a grid has no `pull_interval` of
+its own; the shortest is a tenth."""
+PULL_FRACTION: Final = 0.1
+"""A pause is such a part of the time since something last went out or came in."""
+PULL_BYTES: Final = 1e8
+"""A pause is a second for each so many bytes of a message: a SuperLink with a database and states
+of 400 MB has failed when it was asked every half second while they were on their way."""
+PULL_SITE_SECONDS: Final = 0.03
+"""A pause is such for each site that owes an answer: each is asked for by a request."""
 PASSING: Final = frozenset(
     {
         ErrorCode.MESSAGE_UNAVAILABLE,
@@ -105,6 +113,11 @@ class Exchange:
         self._due: dict[str, tuple[float, Message | None]] = {}
         """Site -> when it may be asked again, and the failed reply that counts if it is not."""
         self._in_process = isinstance(grid, InProcessGrid)
+        self._longest = getattr(grid, "pull_interval", PULL_SECONDS)
+        self._bytes = 0
+        """Of the largest message."""
+        self._moved = time.monotonic()
+        """When something went out or came in last."""
 
     def replies(self, sites: Mapping[str, int]) -> Iterator[Message]:
         """Ask these sites (site -> node); hand over each reply before the next is fetched.
@@ -114,8 +127,7 @@ class Exchange:
         """
         if not self._in_process:
             _give_freed_memory_back()
-        pause = getattr(self._grid, "pull_interval", PULL_SECONDS)
-        beat = None if self._in_process else pause
+        beat = None if self._in_process else self._longest
         self._live.phase("training", seconds=self._seconds, beat_seconds=beat)
         self._send(sites)
         while self._waiting or self._due:
@@ -123,6 +135,8 @@ class Exchange:
                 replies = list(self._grid.pull_messages([number]))
                 if replies or self._in_process:  # where no reply can come any more
                     self._waiting.remove(number)
+                if replies:
+                    self._moved = time.monotonic()
                 while replies:
                     if self._asks_again(replies[0]):
                         del replies[0]
@@ -133,12 +147,26 @@ class Exchange:
             self._send_again()
             self._look()
             if not self._in_process and (self._waiting or self._due):
-                time.sleep(max(0.0, min(pause, self._deadline - time.monotonic())))
+                time.sleep(max(0.0, min(self._pause(), self._deadline - time.monotonic())))
         yield from (reply for _, reply in self._due.values() if reply is not None)
+
+    def _pause(self) -> float:
+        """Seconds until the next look."""
+        waited = time.monotonic() - self._moved
+        due = max(
+            PULL_FRACTION * max(waited, self._longest),
+            self._bytes / PULL_BYTES,
+            PULL_SITE_SECONDS * len(self._waiting),
+        )
+        return float(min(due, self._longest))
 
     def _send(self, sites: Mapping[str, int]) -> None:
         now = time.monotonic()
-        numbers = list(self._grid.push_messages(self._ask(sites, self._deadline - now)))
+        messages = self._ask(sites, self._deadline - now)
+        self._bytes = max([self._bytes, *(count_bytes(message.content) for message in messages)])
+        numbers = list(self._grid.push_messages(messages))
+        del messages  # they hold the whole state
+        self._moved = time.monotonic()
         for site, number in zip(sites, numbers or [""] * len(sites), strict=True):
             record = self.sites.setdefault(site, Asked())
             record.times, record.since = record.times + 1, now

@@ -1,4 +1,5 @@
 import datetime as dt
+import importlib.metadata
 import json
 import os
 import sys
@@ -55,7 +56,7 @@ def test_the_supernode_part_becomes_a_silent_supernode_with_the_key(kit, started
     with pytest.raises(SystemExit):
         join(kit / "site.toml", meeting(kit), "supernode")
     [(program, words, environment)] = started
-    assert os.path.basename(program) == "flower-supernode"
+    assert (program, words[1:4]) == (sys.executable, ["-P", "-m", "client.supernode"])
     assert option(words, "--superlink") == load_site(kit / "site.toml").coordinator.superlink
     assert option(words, "--root-certificates") == str(kit / "ca.crt")
     assert option(words, "--auth-supernode-private-key") == str(kit / "site.key")
@@ -99,6 +100,15 @@ def test_the_trainer_part_speaks_to_the_supernode_alone(kit, started, monkeypatc
     paths = environment["PYTHONPATH"].split(os.pathsep)
     assert paths[-1] == "/opt/torch"
     assert all(os.path.isabs(path) for path in paths)  # no current folder, by whatever name
+    assert environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.25"
+
+
+def test_how_often_the_trainer_looks_can_be_set(kit, started, monkeypatch):
+    monkeypatch.setenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "2")
+    make_secret(secret := kit / "secret")
+    with pytest.raises(SystemExit):
+        join(kit / "site.toml", Meeting("", 1, "supernode:9094", secret), "trainer")
+    assert started[0][2]["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "2"
 
 
 def test_the_trainer_part_waits_for_the_secret(kit):
@@ -195,7 +205,10 @@ def test_an_expired_authority_is_refused(kit):
         check(kit)
 
 
-def test_without_flower_beside_this_python_it_says_so(kit, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UserError, match=r"flower-supernode' does not exist; install flwr"):
+def test_without_flower_it_says_so(kit, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(UserError, match=r"Flower is not installed; run: pip install flwr==1"):
         join(kit / "site.toml", meeting(kit))

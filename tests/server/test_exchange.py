@@ -204,3 +204,62 @@ def test_a_site_that_is_lost_and_one_that_is_asked_again_are_told_while_they_are
     grid.offline = {1002}
     assert said(replies) == [1000]
     assert read_live(tmp_path)["sites"]["c"]["state"] == "lost"
+
+
+def pauses(monkeypatch, waiting, size, count=100):
+    """What passes between looks of an exchange that gets no reply."""
+    grid = Remote({1000 + i: [] for i in range(waiting)})
+    grid.pull_interval = 3.0
+    sent, sites = open_exchange(grid, seconds=1e6)
+    now, slept = [0.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+        if len(slept) == count:
+            raise InterruptedError
+
+    def keep(messages):
+        return [f"message-{number}" for number in range(len(messages))]
+
+    grid.push_messages, grid.pull_messages = keep, lambda numbers: []
+    monkeypatch.setattr(exchange, "count_bytes", lambda content: size)
+    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(exchange.time, "sleep", sleep)
+    sent._moved, sent._deadline = 0.0, 1e6
+    with pytest.raises(InterruptedError):
+        list(sent.replies(sites))
+    return slept
+
+
+def test_pauses_are_short_at_first_and_as_flowers_after_half_a_minute(monkeypatch):
+    slept = pauses(monkeypatch, waiting=3, size=10_000)
+    assert slept[:10] == pytest.approx([0.3] * 10)
+    assert slept == sorted(slept)
+    assert slept[-1] == 3.0
+    assert sum(seconds < 3 for seconds in slept) < 40
+
+
+def test_pauses_are_long_at_once_while_a_large_state_is_on_its_way(monkeypatch):
+    assert pauses(monkeypatch, waiting=3, size=200_000_000, count=5)[0] == 2.0
+    assert set(pauses(monkeypatch, waiting=3, size=400_000_000, count=5)) == {3.0}
+
+
+def test_pauses_are_longer_where_many_sites_are_asked_for(monkeypatch):
+    assert pauses(monkeypatch, waiting=50, size=0, count=2)[0] == 1.5
+
+
+def test_pauses_are_short_again_after_a_reply(monkeypatch):
+    grid = Remote({1000: ["ok"], 1001: []})
+    sent, sites = open_exchange(grid)
+    sent._longest = 3.0
+    replies = sent.replies(sites)
+    next(replies)
+    sent._moved -= 100
+    assert sent._pause() == 3.0
+    grid.script[1001] = ["ok"]
+    sent._send({"site-1001": 1001})
+    assert sent._pause() == pytest.approx(0.3, abs=0.05)
+    sent._moved -= 100
+    next(replies)
+    assert sent._pause() == pytest.approx(0.3, abs=0.05)
