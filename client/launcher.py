@@ -3,8 +3,9 @@
 Flower's `flwr-clientapp` unpacks the bundle that the coordinator sent, and imports it. This program
 takes its place: it has Flower fetch the message and push the reply, and does the rest itself.
 
-It imports ahead all that training needs, which takes longer than a short round, and then waits for
-tasks: an Order as JSON on each line of standard input. For each it forks.
+It imports ahead all that training needs, which takes longer than a short round, says READY, and
+waits for tasks: an Order as JSON on each line. For each it forks. Both go over the socket that is
+its standard input.
 
 **Guarantees**, for every bundle and message:
     - The bundle is hashed, and neither unpacked, installed, written to disk nor imported.
@@ -26,6 +27,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,8 @@ from core.parcel import close_parcel, open_parcel
 LOG = logging.getLogger("fedmermed.site")
 AHEAD: Final = ("core.site_round", "core.private_round", "client.evaluation")
 """What a message's process imports when it needs it, torch among it."""
+
+READY: Final = b"\n"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     import_ahead()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries who has ended
+    with suppress(BrokenPipeError):  # whom to tell is gone, and so are the orders
+        os.write(0, READY)
     # Without a buffer: what is read ahead here would be a token in another task's process.
     with open(0, "rb", buffering=0, closefd=False) as orders:
         while line := orders.readline():

@@ -8,9 +8,11 @@ what it starts. A task of another kind than a ClientApp's is neither asked for n
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -27,7 +29,7 @@ from flwr.supercore.superexec.executor import (
 from flwr.supernode.runtime import run_clientapp
 
 from client.guard import replace_in
-from client.launcher import Order, Task, check_own_code
+from client.launcher import READY, Order, Task, check_own_code
 from client.parts import QUIET, python_path
 from core.errors import UserError
 
@@ -59,13 +61,20 @@ class Launches(SubprocessExecutor):
     def __init__(self, site_file: Path) -> None:
         self._site_file = site_file
         self._launcher: subprocess.Popen[bytes] | None = None
+        self._line: socket.socket | None = None
+        """To the launcher's standard input; it says when it is ready."""
+        self._ready = False
         self._started = -AGAIN_SECONDS
 
     def get_eligible_capacity(
         self, supported_task_types: set[TaskType], **_: object
     ) -> tuple[set[TaskType], set[str]]:
-        """Of all kinds of task, only a ClientApp's."""
-        return {TaskType.CLIENT_APP} & supported_task_types, set()
+        """Of all kinds of task, only a ClientApp's, and none before there is who works on it.
+
+        The SuperNode gives up a task that is taken and of which it hears nothing for 30 s.
+        """
+        mine = {TaskType.CLIENT_APP} if self._is_ready() else set()
+        return mine & supported_task_types, set()
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Have a process work on a task."""
@@ -86,21 +95,31 @@ class Launches(SubprocessExecutor):
 
     def close(self) -> None:
         """End the launcher; processes that it started notice our end."""
-        if self._launcher is not None:
+        if self._launcher is not None and self._line is not None:
+            self._line.close()
             self._launcher.terminate()
 
     def _ended(self) -> bool:
         return self._launcher is None or self._launcher.poll() is not None
+
+    def _is_ready(self) -> bool:
+        if self._ended():
+            return False
+        assert self._line is not None
+        if not self._ready:
+            with suppress(BlockingIOError, ConnectionError):
+                self._ready = self._line.recv(1, socket.MSG_DONTWAIT) == READY
+        return self._ready
 
     def _order(self, order: Order) -> bool:
         """Whether a launcher took the order."""
         if self._ended():
             self._start()
         assert self._launcher is not None
-        assert self._launcher.stdin is not None
+        assert self._line is not None
         try:
-            self._launcher.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
-        except BrokenPipeError:
+            self._line.sendall(json.dumps(asdict(order)).encode() + b"\n")
+        except ConnectionError:
             self._launcher.wait()
             return False
         return True
@@ -108,10 +127,12 @@ class Launches(SubprocessExecutor):
     def _start(self) -> None:
         words = [sys.executable, "-P", "-m", "client.launcher", "--site", str(self._site_file)]
         environment = {**os.environ, **QUIET, "PYTHONPATH": python_path(os.environ)}
-        if self._launcher is not None and self._launcher.stdin is not None:
-            self._launcher.stdin.close()
-        self._launcher = subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0, env=environment)
-        self._started = time.monotonic()
+        if self._line is not None:
+            self._line.close()
+        self._line, theirs = socket.socketpair()
+        with theirs:
+            self._launcher = subprocess.Popen(words, stdin=theirs.fileno(), env=environment)
+        self._ready, self._started = False, time.monotonic()
 
 
 if __name__ == "__main__":

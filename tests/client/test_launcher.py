@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from flwr.supernode.runtime import run_clientapp as flower
 from client import launcher
 from client.app import CLIENT_APP_ERROR, FAILED
 from client.guard import FLOWER, replace_in
-from client.launcher import Task, check_own_code
+from client.launcher import READY, Task, check_own_code
 from client.parts import python_path
 from core.errors import UserError
 from server.grid import FIRST_NODE_ID, InProcessGrid
@@ -155,14 +156,19 @@ print("ended")
 def test_each_task_has_a_process_of_its_own_that_has_imported_what_it_needs(tmp_path):
     words = [sys.executable, "-P", "-c", FORKS]
     environment = {**os.environ, "PYTHONPATH": python_path(os.environ)}
+    ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        words, stdin=theirs, stdout=subprocess.PIPE, text=True, env=environment
     )
+    theirs.close()
+    ours.settimeout(120)
+    assert ours.recv(10) == READY
     order = {"runtime_api_address": "", "insecure": True, "root_certificates": None}
     for name in "ab":
         line = order | {"token": str(tmp_path / name), "parent_pid": None}
-        process.stdin.write(json.dumps(line) + "\n")
-    said, _ = process.communicate(timeout=120)  # also closes its input, by which it ends
+        ours.sendall(json.dumps(line).encode() + b"\n")
+    ours.close()  # by which it ends
+    said, _ = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, "ended\n")
     deadline = time.monotonic() + 60
     while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"):

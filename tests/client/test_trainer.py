@@ -24,19 +24,13 @@ def spec(kind=TaskType.CLIENT_APP):
     )  # fmt: skip
 
 
-def test_the_trainer_takes_tasks_of_client_apps_alone(tmp_path):
-    launches = trainer.Launches(tmp_path / "site.toml")
-    assert launches.get_eligible_capacity(set(TaskType)) == ({TaskType.CLIENT_APP}, set())
-    for kind in set(TaskType) - {TaskType.CLIENT_APP}:
-        assert launches.launch(spec(kind)).status == "failed"
-
-
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
     """A program in our Python's place that writes down how it was called and what it is told."""
     out = tmp_path / "out"
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho "$@" >> {out}; echo "$PYTHONPATH" >> {out}\n'
+                       f"[ -e {tmp_path}/slow ] || echo >&0\n"
                        f"while read line; do echo $line >> {out}; done\n")  # fmt: skip
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
@@ -52,6 +46,34 @@ def lines(out, count):
         assert time.monotonic() < deadline, out.read_text()
         time.sleep(0.05)
     return out.read_text().splitlines()
+
+
+def takes(launches):
+    return launches.get_eligible_capacity(set(TaskType))
+
+
+def test_the_trainer_takes_tasks_of_client_apps_alone_once_a_launcher_is_ready(launcher):
+    launches, out = launcher
+    assert takes(launches) == (set(), set())
+    launches.reconcile()
+    lines(out, 2)
+    deadline = time.monotonic() + 30
+    while takes(launches) != ({TaskType.CLIENT_APP}, set()):
+        assert time.monotonic() < deadline
+    for kind in set(TaskType) - {TaskType.CLIENT_APP}:
+        assert launches.launch(spec(kind)).status == "failed"
+    assert takes(launches) == ({TaskType.CLIENT_APP}, set())
+    launches._launcher.kill()
+    launches._launcher.wait()
+    assert takes(launches) == (set(), set())
+
+
+def test_no_task_is_taken_while_the_launcher_still_imports(launcher, tmp_path):
+    launches, out = launcher
+    (tmp_path / "slow").touch()
+    launches.reconcile()
+    lines(out, 2)
+    assert takes(launches) == takes(launches) == (set(), set())
 
 
 def test_a_launcher_is_ready_before_a_task_comes_and_no_token_is_an_argument(launcher, tmp_path):
