@@ -15,7 +15,7 @@ its standard input.
       replaces is missing or no longer called, nor from a directory of unpacked bundles.
     - Each message has a process of its own, which begins as this one is after its imports: before a
       task comes, nothing of the site is read but this program.
-    - It ends when whoever starts it ends.
+    - It ends when whoever started it ends.
 """
 
 import argparse
@@ -48,8 +48,8 @@ from core.parcel import close_parcel, open_parcel
 LOG = logging.getLogger("fedmermed.site")
 AHEAD: Final = ("core.site_round", "core.private_round", "client.evaluation")
 """What a message's process imports when it needs it, torch among it."""
-
 READY: Final = b"\n"
+"""What it says, once, when its imports are done."""
 
 
 @dataclass(frozen=True)
