@@ -126,11 +126,11 @@ def recipe_file(out: Path, arm: str, seed: int, num_sites: int) -> Path:
         federation["teacher"] = "rebuild"
     path = out / "recipes" / f"{arm}-{seed}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_toml(table))
+    path.write_text(toml_text(table))
     return path
 
 
-def _toml(table: dict[str, Any]) -> str:
+def toml_text(table: dict[str, Any]) -> str:
     """Enough TOML for a recipe: scalars, arrays, inline tables, one level of sections."""
 
     def text(value: Any) -> str:
@@ -213,7 +213,7 @@ def features_of(arm: str, out: Path, seed: int, task: Task) -> tuple[Any, Any]:
         with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
             table = tomllib.loads(RECIPE.read_text()) | {"seed": seed}
             table["model"]["phantom_steps"] = 0
-            file.write(_toml(table))
+            file.write(toml_text(table))
             file.flush()
             model = load_model(Path(file.name))
     elif arm == "init":

@@ -5,10 +5,11 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from core.config import Recipe, recipe_from_json
+from core.config import Recipe, load_recipe, recipe_from_json
 from core.errors import UserError
 from core.privacy.accounting import (
     Event,
@@ -35,6 +36,17 @@ def test_golden_values_of_opacus() -> None:
     # Its own tests: 90 epochs at rate .04, which is 2,250 steps, and 2,249 where it rounds down.
     assert epsilon([sgd(1.5, 0.04, 2250)], 1e-5, "rdp") == pytest.approx(7.32911117143, abs=1e-7)
     assert epsilon([sgd(1.5, 0.04, 2249)], 1e-5) == pytest.approx(6.777395712150674, abs=1e-7)
+
+
+def test_the_private_recipe_costs_what_it_says() -> None:
+    file = Path(__file__).parents[3] / "configs" / "private.toml"
+    recipe = load_recipe(file)
+    assert "epsilon 8 at delta 1e-5" in file.read_text()
+    assert recipe.privacy.delta == 1e-5
+    assert 7.9 < epsilon(study_events(recipe), 1e-5) <= 8
+    assert "noise_multiplier 1.163 gives 3" in file.read_text()
+    louder = [sgd(1.163, recipe.privacy.sampling_rate, recipe.total_steps)]
+    assert 2.9 < epsilon(louder, 1e-5) <= 3
 
 
 SIGMA_50 = sigma_eff(30, 60)
