@@ -5,13 +5,15 @@ Run time: about 8 minutes of one core.
 
 Each way of getting gradients by patient takes its steps in a process of its own, on the same views:
 teacher forward, student, loss, gradients, clip, noise, AdamW. Times are processor seconds on one
-thread, the least of the repeats; memory is the peak of resident memory above what the process held
-before its first timed step. A round measures all ways, one after the other; ratios are taken within
-a round, and their spread over the rounds is printed.
+thread, the least of the repeats. A round measures all ways, one after the other; ratios are taken
+within a round, and their spread over the rounds is printed. Memory is the peak of resident memory
+above what the process held before, in a process that gives freed memory back at once, so that the
+peak is that of the tensors.
 """
 
 import argparse
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -133,6 +135,11 @@ def measure(
     return min(seconds), _status("VmHWM") - before
 
 
+def _in_process(way: tuple[str, int], settings: tuple[int, ...]) -> tuple[float, float]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (way, *settings))
+
+
 def _status(key: str) -> float:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
@@ -149,11 +156,13 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = (arguments.patients, arguments.px, arguments.local_views, arguments.repeats)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
-    context = multiprocessing.get_context("spawn")
     for _ in range(arguments.rounds):
         for name, way in WAYS.items():
-            with context.Pool(1) as pool:
-                found[name].append(pool.apply(measure, (way, *settings)))
+            seconds, _ = _in_process(way, settings)
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by glibc when a process starts
+            _, memory = _in_process(way, (*settings[:-1], 1))
+            del os.environ["MALLOC_MMAP_THRESHOLD_"]
+            found[name].append((seconds, memory))
     base = found["without privacy"]
     print("| | processor seconds | ratio (least to most) | MiB | ratio |")
     print("|---|---:|---:|---:|---:|")
