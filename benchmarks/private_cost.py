@@ -7,7 +7,7 @@ Each way of getting gradients by patient takes its steps in a process of its own
 teacher forward, student, loss, gradients, clip, noise, AdamW. Times are processor seconds on one
 thread, the least of the repeats. A round measures all ways, one after the other; ratios are taken
 within a round, and their spread over the rounds is printed. Memory is the peak of resident memory
-above what the process held before, in a process that gives freed memory back at once, so that the
+above what the process held before its first step, moments included, in a process that gives freed memory back at once, so that the
 peak is that of the tensors.
 """
 
@@ -125,9 +125,9 @@ def measure(
     """Processor seconds and MiB of a step."""
     torch.set_num_threads(1)
     take = steps_of(*way, *views(patients, px, local_views))
-    take()  # makes the optimiser's moments, which all ways have
     before, seconds = _status("VmRSS"), []
     Path("/proc/self/clear_refs").write_text("5")
+    take()  # not timed; makes the optimiser's moments, which all ways have
     for _ in range(repeats):
         started = time.process_time()
         take()
