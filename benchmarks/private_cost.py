@@ -67,6 +67,7 @@ class InFull(torch.nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to unit embeddings [B, D]."""
         embeddings: Tensor = self.network.head(self.network.backbone(images))
         return embeddings
 
