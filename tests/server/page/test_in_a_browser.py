@@ -161,7 +161,8 @@ def test_planted_code_is_shown_and_does_not_run(browser, make_study, tmp_path):
         planted = "document.body.insertAdjacentHTML('beforeend', {})".format(
             json.dumps("<img src=data:, onerror='window.owned = 9'>")
         )
-        assert browser.console == []  # no policy was violated by the page itself
+        # The page itself violated no policy. (A page before may have lost its server.)
+        assert not any("Content Security Policy" in words for words in browser.console)
         browser.ask(planted)
         time.sleep(0.5)
         assert browser.ask("window.owned === undefined")
