@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from core.class_token import class_token_features
-from core.config import ModelConfig
+from core.config import ModelConfig, Recipe
+from core.description import Description
 from core.errors import UserError
 
 
@@ -35,17 +36,40 @@ class ProjectionHead(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head; the student is one, the teacher another."""
+    """Backbone and heads; the student is one, the teacher another.
 
-    def __init__(self, model: ModelConfig, image_px: int, *, drop_path: float = 0.0) -> None:
+    Args:
+        model: shape of backbone and projection head.
+        image_px: side of the global views.
+        describes: whether it has heads that tell what a view shows.
+        drop_path: stochastic depth.
+    """
+
+    def __init__(
+        self, model: ModelConfig, image_px: int, *, describes: bool = False, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.backbone = create_backbone(model, image_px, drop_path=drop_path)
         width = cast(int, self.backbone.num_features)
         self.head = ProjectionHead(width, model.head_hidden, model.embedding_dim)
+        self.description = Description(self.backbone) if describes else None
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, drop_path: float = 0.0) -> "Network":
+        """The network that a recipe trains."""
+        describes = recipe.loss.description_weight > 0
+        px = recipe.views.global_px
+        return cls(recipe.model, px, describes=describes, drop_path=drop_path)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W] to unit embeddings [B, D]."""
         return self.head(class_token_features(self.backbone, images_BCHW))  # type: ignore[no-any-return]
+
+    def with_tokens(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The same embeddings, and all tokens of the last block [B, N, d], for the description."""
+        backbone = cast(Any, self.backbone)
+        tokens = backbone.forward_features(images_BCHW)
+        return self.head(backbone.forward_head(tokens)), tokens
 
 
 def create_backbone(model: ModelConfig, image_px: int, *, drop_path: float = 0.0) -> nn.Module:

@@ -115,7 +115,7 @@ class MemoryConfig(Strict):
 
 
 class LossConfig(Strict):
-    """Semantic consistency against the memory, and KoLeo."""
+    """Semantic consistency against the memory, KoLeo, and description."""
 
     student_temperature: Positive = 0.1
     teacher_temperature: tuple[Positive, Positive] = (0.02, 0.03)
@@ -123,6 +123,8 @@ class LossConfig(Strict):
     temperature_warmup: Share = 0.3
     """Share of all steps over which the teacher temperature rises."""
     koleo_weight: NonNegative = 0.1
+    description_weight: NonNegative = 0.0
+    """Of telling what a view shows (core.description); 0: no such heads."""
 
 
 class OptimConfig(Strict):

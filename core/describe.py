@@ -1,6 +1,6 @@
 """What the cells of a picture show, in figures: directions of the grey gradient, and colours.
 
-The targets of `core.pretrain`. The idea of predicting gradient histograms is MaskFeat's (Wei et
+The targets of `core.description`. The idea of predicting gradient histograms is MaskFeat's (Wei et
 al., CVPR 2022, arXiv 2112.09133); the histograms are Dalal and Triggs' (CVPR 2005), here without
 overlapping blocks.
 """

@@ -31,7 +31,7 @@ def initial_state(recipe: Recipe, on_step: Callable[[float], None] | None = None
 
         network = pretrain(recipe, Pretraining(steps=recipe.model.phantom_steps), on_step=on_step)
     else:
-        network = Network(recipe.model, recipe.views.global_px)
+        network = Network.of(recipe)
         initialise(network, torch_generator(recipe.seed, "initial"))
     if recipe.model.init_file:
         _load_pretrained(network, Path(recipe.model.init_file))

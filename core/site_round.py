@@ -6,6 +6,7 @@ arrays, so that every round may run in a fresh process and an interrupted one le
 
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from core.checkpoint import Arrays
 from core.collapse import spread
 from core.config import Recipe
+from core.description import USUAL_PICTURES, Description, Usual
 from core.errors import UserError
 from core.evaluate import auroc, extract, knn_scores, labelled_tasks
 from core.modalities import MODALITIES
@@ -77,6 +79,8 @@ def site_round(
         if (rows := received.prototypes.centroids.get(MODALITIES[modality])) is not None:
             state.extra_slots[modality] = torch.from_numpy(rows).to(target)
 
+    if recipe.loss.description_weight:
+        state.usual = usual_of(recipe, state, data, site)
     started = time.monotonic()
     metrics: dict[str, float] = {}
     every, rounds_done = recipe.evaluation.every_rounds, first_step // recipe.federation.local_steps
@@ -207,6 +211,18 @@ def knn_auroc(recipe: Recipe, backbone: nn.Module, shards: Sequence[Shard]) -> d
         )
         scores.setdefault(task.name, []).append(auroc(votes, task.labels(task.val)))
     return {f"knn_auroc/{name}": float(np.mean(values)) for name, values in scores.items()}
+
+
+def usual_of(recipe: Recipe, state: TrainState, data: SiteData, site: str) -> dict[int, Usual]:
+    """What is usual in each of the site's modalities; the same pictures tell it in every round."""
+    description = cast(Description, state.student.description)
+    result = {}
+    for modality, pool in data.pools.items():
+        key = (recipe.seed, site, "usual", MODALITIES[modality])
+        chosen = draw(pool, 0, USUAL_PICTURES, *key)
+        pictures = data.batch(modality, chosen).images.to(state.device)
+        result[modality] = description.usual(pictures, recipe.views.global_px)
+    return result
 
 
 def _refill(recipe: Recipe, state: TrainState, data: SiteData, site: str) -> None:

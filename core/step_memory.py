@@ -43,7 +43,7 @@ def step_memory(recipe: Recipe, *, half: bool, fused_attention: bool) -> StepMem
         fused_attention: whether attention keeps no [N, N] weights (a GPU), or does (a CPU).
     """
     with torch.device("meta"):
-        network = Network(recipe.model, recipe.views.global_px)
+        network = Network.of(recipe)
     parameters = sum(p.numel() for p in network.parameters())
     views, batch, size = recipe.views, recipe.optim.batch_size, 2 if half else 4
     block: Any = network.backbone.blocks[0]  # type: ignore[index]
@@ -84,7 +84,9 @@ def kept_bytes(network: Network, px: int, images: int, *, half: bool, fused_atte
     row = 2 * 4 * width + (2 + 3 + 1) * size * width + 2 * size * hidden
     if not fused_attention:
         row += size * block.attn.num_heads * tokens
-    last = 4 * width + (1 + 2) * size * width  # class token's part is small: core.class_token
+    last = row  # read in full where it is described
+    if network.description is None or px != int(backbone.patch_embed.img_size[0]):
+        last = 4 * width + (1 + 2) * size * width  # the class token's part: core.class_token
     return int(images * (tokens * ((len(backbone.blocks) - 1) * row + last) + 3 * size * px**2))
 
 

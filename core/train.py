@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.augment import make_views
+from core.augment import denormalise, make_views
 from core.backbone import Network, use_plain_attention
 from core.checkpoint import Arrays
 from core.config import Recipe
+from core.description import Description, Usual
 from core.losses import random_blocks
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
@@ -45,6 +47,8 @@ class TrainState:
     step: int = 0
     extra_slots: dict[int, Tensor] = field(default_factory=dict)
     """modality -> prototypes [P, D] of all sites, compared with like entries of the memory."""
+    usual: dict[int, Usual] = field(default_factory=dict)
+    """modality -> what pictures show of it at this site, if the recipe has them described."""
 
 
 def new_state(recipe: Recipe, device: torch.device, *site_key: int | str) -> TrainState:
@@ -52,9 +56,8 @@ def new_state(recipe: Recipe, device: torch.device, *site_key: int | str) -> Tra
 
     Weights are as timm draws them; load the global state before training.
     """
-    px = recipe.views.global_px
-    student = Network(recipe.model, px, drop_path=recipe.model.drop_path).to(device)
-    teacher = Network(recipe.model, px).to(device).requires_grad_(False)
+    student = Network.of(recipe, drop_path=recipe.model.drop_path).to(device)
+    teacher = Network.of(recipe).to(device).requires_grad_(False)
     if device.type == "cpu":
         use_plain_attention(student)
         use_plain_attention(teacher)
@@ -131,7 +134,7 @@ def train(
         large = torch.cat([part.global_VBCHW for part in views], dim=1)  # [2, B, C, H, W]
         small = torch.cat([part.local_VBCHW for part in views], dim=1)
         with torch.no_grad():
-            targets = _embed(state.teacher, large, sizes, recipe)
+            targets = torch.split(_embed(state.teacher, large, recipe), sizes, dim=1)
         objectives = [
             _objective(state, recipe, batch.modality, teacher, draws)
             for batch, teacher, draws in zip(current, targets, streams, strict=True)
@@ -143,18 +146,11 @@ def train(
         for first_view, pixels in ((0, large), (len(large), small)):
             if len(pixels) == 0:
                 continue
-            part = torch.zeros((), device=device)
-            students = _embed(state.student, pixels, sizes, recipe)
-            for name, size, objective, student in zip(
-                names, sizes, objectives, students, strict=True
-            ):
-                loss, figures = objective.of_views(student, first_view)
-                part = part + size / sum(sizes) * loss
-                for key, value in figures.items():
-                    wire = f"{key}/{name}"
-                    sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value
+            part, figures = _loss(state, recipe, current, objectives, pixels, first_view)
             torch.autograd.backward(part)  # frees these views' activations
             total += part.detach()
+            for wire, value in figures.items():
+                sums[wire] = sums.get(wire, torch.zeros((), device=device)) + value
         clip_each(parameters, recipe.optim.clip_norm)
         state.optimizer.step()
         follow(state, ema_momentum(recipe, step))
@@ -172,8 +168,7 @@ def embed_global(state: TrainState, batch: Batch, recipe: Recipe, *key: int | st
     name = MODALITIES[batch.modality]
     draws = torch_generator(recipe.seed, "refill", name, *key)
     views = make_views(_to(batch.images, state.device), name, recipe.views, draws)
-    dtype = torch.bfloat16 if uses_bf16(recipe, state.device) else None
-    with torch.no_grad(), torch.autocast(state.device.type, dtype, enabled=dtype is not None):
+    with torch.no_grad(), _precision(recipe, state.device):
         embeddings: Tensor = state.teacher(views.global_VBCHW[1])
     return embeddings
 
@@ -198,15 +193,55 @@ def _to(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device)
 
 
-def _embed(
-    network: Network, pixels_VBCHW: Tensor, sizes: Sequence[int], recipe: Recipe
-) -> Sequence[Tensor]:
-    """Embeddings [V, B, D] of each batch, in one pass: small passes use a processor badly."""
-    device = pixels_VBCHW.device
+def _embed(network: Network, pixels_VBCHW: Tensor, recipe: Recipe) -> Tensor:
+    """Embeddings [V, B, D] of all batches, in one pass: small passes use a processor badly."""
+    with _precision(recipe, pixels_VBCHW.device):
+        embeddings: Tensor = network(pixels_VBCHW.flatten(0, 1))
+    return embeddings.view(*pixels_VBCHW.shape[:2], -1)
+
+
+def _precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     dtype = torch.bfloat16 if uses_bf16(recipe, device) else None
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        embeddings = network(pixels_VBCHW.flatten(0, 1))
-    return torch.split(embeddings.view(*pixels_VBCHW.shape[:2], -1), list(sizes), dim=1)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def _loss(
+    state: TrainState,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    objectives: Sequence[Objective],
+    pixels_VBCHW: Tensor,
+    first_view: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What some views of a step add to its loss, and to its figures by wire name."""
+    described = state.student.description is not None and first_view == 0
+    if described:
+        with _precision(recipe, state.device):
+            embeddings, tokens = state.student.with_tokens(pixels_VBCHW.flatten(0, 1))
+        embeddings = embeddings.view(*pixels_VBCHW.shape[:2], -1)
+        tokens = tokens.float().view(*pixels_VBCHW.shape[:2], *tokens.shape[1:])  # [V, B, N, d]
+    else:
+        embeddings = _embed(state.student, pixels_VBCHW, recipe)
+    total, first = embeddings.new_zeros(()), 0
+    figures: dict[str, Tensor] = {}
+    for batch, objective in zip(batches, objectives, strict=True):
+        rows = slice(first, first := first + len(batch.images))
+        loss, found = objective.of_views(embeddings[:, rows], first_view)
+        if described:
+            found["description"] = _description(
+                state, batch.modality, tokens[:, rows], pixels_VBCHW[:, rows]
+            )
+            loss = loss + recipe.loss.description_weight * found["description"]
+        total = total + len(batch.images) / embeddings.shape[1] * loss
+        figures |= {f"{key}/{MODALITIES[batch.modality]}": v.detach() for key, v in found.items()}
+    return total, figures
+
+
+def _description(state: TrainState, modality: int, tokens: Tensor, pixels_VBCHW: Tensor) -> Tensor:
+    description = cast(Description, state.student.description)
+    shown = denormalise(pixels_VBCHW.flatten(0, 1), MODALITIES[modality])
+    error: Tensor = description(tokens.flatten(0, 1), shown, state.usual[modality])
+    return error
 
 
 def _objective(

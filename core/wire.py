@@ -59,6 +59,7 @@ when. Flower's own codes are below 100."""
 METRICS: Final[Mapping[str, tuple[float, float]]] = {
     "loss": (-1e6, 1e6),
     "koleo": (-1e6, 1e6),
+    "description": (-1e-3, 1e6),
     "loss_ceiling": (0, 1e3),
     "teacher_entropy": (-1e-3, 1e3),
     "mean_cosine": (-1.001, 1.001),

@@ -24,7 +24,7 @@ from core.config import Recipe, recipe_from_json
 from core.errors import UserError
 from core.evaluate import extract, labelled_tasks
 from core.shards import Shard
-from core.site_round import SiteData, resolve_device
+from core.site_round import SiteData, resolve_device, usual_of
 from core.sites import open_site
 from core.train import TrainState, embed_global, network_arrays, new_state, private_arrays, train
 
@@ -88,6 +88,8 @@ def _training(site: SiteConfig, recipe: Recipe, measured: Measured, write: Write
         gpu_peak = _gpu_peak(measured.device)
         return write(replace(measured, peak_bytes=_peak_bytes(), gpu_peak_bytes=gpu_peak))
     state = new_state(recipe, torch.device(measured.device), site.name)
+    if recipe.loss.description_weight:
+        state.usual = usual_of(recipe, state, data, site.name)
 
     def one_step() -> float:
         started = time.perf_counter()

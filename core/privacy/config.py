@@ -89,6 +89,11 @@ def _record(recipe: "Recipe") -> list[tuple[bool, str]]:
             "so that one clip does not bound what a patient changes",
         ),
         (
+            recipe.loss.description_weight > 0,
+            "needs loss.description_weight = 0: what is usual at a site, from which descriptions "
+            "count, is learnt from its patients without noise",
+        ),
+        (
             recipe.evaluation.every_rounds > 0,
             "needs evaluation.every_rounds = 0: figures on a site's own labels leave without noise",
         ),

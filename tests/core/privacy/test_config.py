@@ -32,6 +32,7 @@ def test_proven_recipes_are_read():
     ("section", "changes", "reason"),
     [
         ("loss", {"koleo_weight": 0.1}, "koleo_weight = 0: KoLeo compares a patient with"),
+        ("loss", {"description_weight": 1}, "description_weight = 0: what is usual at a site"),
         ("evaluation", {"every_rounds": 1}, "figures on a site's own labels leave without"),
         ("memory", {"at_round_start": "refilled"}, "refilling embeds patients"),
         ("model", {"drop_path": 0.1}, "dropped paths"),
