@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.backbone import BACKBONE
 from core.checkpoint import load_arrays, read_json, write_json
 from core.config import load_recipe
 from core.evaluate import (
@@ -54,7 +55,7 @@ from core.evaluate import (
     measures,
     probe_scores,
 )
-from core.export import BACKBONE, load_model
+from core.export import load_model
 from core.modalities import MODALITIES, TITLES
 from core.shards import Shard, write_shard
 from core.sites import open_sites

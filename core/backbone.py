@@ -11,6 +11,9 @@ from core.config import ModelConfig, Recipe
 from core.description import Description
 from core.errors import UserError
 
+BACKBONE = "backbone."
+"""Before the names of the backbone's weights among a network's."""
+
 
 class ProjectionHead(nn.Module):
     """MLP d -> h -> h -> D with GELU and unit-length output; no normalisation layer.

@@ -39,7 +39,8 @@ class ModelConfig(Strict):
     options: dict[str, int | float | bool | str] = Field(default={})
     """Further arguments of timm.create_model, such as depth or patch_size."""
     init_file: str = ""
-    """Pretrained backbone (.safetensors, timm's names), read by the coordinator; empty: random."""
+    """Where round 1 starts, read by the coordinator: a pretrained backbone (.safetensors, timm's
+    names), or a round of another run (its teacher, heads included); empty: random weights."""
     phantom_steps: Annotated[int, Field(ge=0)] = 0
     """Steps by which the coordinator pretrains the backbone on drawn pictures before round 1
     (core.pretrain); 0: none."""

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.backbone import create_backbone, use_plain_attention
+from core.backbone import BACKBONE, create_backbone, use_plain_attention
 from core.checkpoint import load_arrays, read_json, save_arrays
 from core.config import ModelConfig, Recipe, load_recipe, recipe_from_json
 from core.errors import UserError
 from core.initial import initial_state
 from core.modalities import MEAN_STD
 from core.wire import GlobalState
-
-BACKBONE = "backbone."
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ from typing import cast
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
-from core.backbone import Network, initialise
+from core.backbone import BACKBONE, Network, initialise
 from core.checkpoint import load_arrays
 from core.config import Recipe
 from core.errors import UserError
 from core.randomness import torch_generator
 from core.train import network_arrays
-from core.wire import GlobalState
+from core.wire import TEACHER, GlobalState, take
+
+POSITION = f"{BACKBONE}pos_embed"
 
 
 def initial_state(recipe: Recipe, on_step: Callable[[float], None] | None = None) -> GlobalState:
@@ -40,22 +42,26 @@ def initial_state(recipe: Recipe, on_step: Callable[[float], None] | None = None
 
 
 def _load_pretrained(network: Network, path: Path) -> None:
-    """Copy a timm backbone's weights in; position embeddings are resampled to our grid."""
+    """Copy weights in: those of a timm backbone, or all of another run's teacher.
+
+    Position embeddings are resampled to our grid. Heads that the file has not, or in another shape,
+    stay as they were drawn.
+    """
     arrays, _ = load_arrays(path)
-    own = network.backbone.state_dict()
-    weights = {name: torch.from_numpy(array) for name, array in arrays.items() if name in own}
-    position = weights.get("pos_embed")
-    if position is not None and position.shape != own["pos_embed"].shape:
+    teacher = take(arrays, TEACHER) or {f"{BACKBONE}{name}": a for name, a in arrays.items()}
+    own = network.state_dict()
+    weights = {name: torch.from_numpy(array) for name, array in teacher.items() if name in own}
+    position = weights.get(POSITION)
+    if position is not None and position.shape != own[POSITION].shape:
         prefix = cast(int, network.backbone.num_prefix_tokens)
-        side = int((own["pos_embed"].shape[1] - prefix) ** 0.5)
-        weights["pos_embed"] = resample_abs_pos_embed(
-            position, [side, side], num_prefix_tokens=prefix
-        )
-    wrong = sorted(n for n in own if n not in weights or weights[n].shape != own[n].shape)
-    if wrong:
+        side = int((own[POSITION].shape[1] - prefix) ** 0.5)
+        weights[POSITION] = resample_abs_pos_embed(position, [side, side], num_prefix_tokens=prefix)
+    fits = {name: w for name, w in weights.items() if w.shape == own[name].shape}
+    needed = [name for name in own if name.startswith(BACKBONE)]
+    if wrong := sorted(set(needed) - set(fits)):
         raise UserError(
-            f"model.init_file '{path}' does not fit the backbone: {len(wrong)} of {len(own)} "
-            f"weights are missing or of another shape, first '{wrong[0]}'; give the file of the "
-            "same timm model"
+            f"model.init_file '{path}' does not fit the backbone: {len(wrong)} of {len(needed)} "
+            f"weights are missing or of another shape, first '{wrong[0].removeprefix(BACKBONE)}'; "
+            "give the file of the same timm model"
         )
-    network.backbone.load_state_dict(weights)
+    network.load_state_dict(own | fits)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import functional
 
+from core.backbone import BACKBONE
 from core.checkpoint import load_arrays
 from core.evaluate import Task
 from core.evaluation.intervals import Resampled, mean_over_modalities
@@ -27,7 +28,7 @@ from core.evaluation.metrics import metrics
 from core.evaluation.models import LoadedModel
 from core.evaluation.protocol import FeatureSource, TaskData, checked_features, score
 from core.evaluation.types import Prediction
-from core.export import BACKBONE, load_model
+from core.export import load_model
 from core.randomness import numpy_generator, torch_generator
 from core.wire import GlobalState
 

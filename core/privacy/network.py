@@ -4,9 +4,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from core.backbone import BACKBONE
 from core.errors import UserError
 
-BACKBONE = "backbone."
 AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.")
 """Parts of timm's vision transformers behind the last block."""
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import load_arrays
+from core.checkpoint import load_arrays, save_arrays
 from core.config import Recipe
 from core.errors import UserError
 from core.export import export_teacher
@@ -100,6 +100,20 @@ def test_a_pretrained_file_is_read_and_its_positions_fit_a_larger_image(tmp_path
     weights, _ = load_arrays(file)
     assert np.array_equal(state.student["backbone.cls_token"], weights["cls_token"])
     assert state.student["backbone.pos_embed"].shape == (1, 17, 32)
+
+
+def test_a_study_may_begin_with_all_that_another_run_learnt(
+    tmp_path: Path,
+) -> None:
+    describing = {"loss": {"description_weight": 1.0}}
+    ended = initial_state(recipe(**describing).model_copy(update={"seed": 7}))
+    file = tmp_path / "round-0002.safetensors"
+    save_arrays(file, ended.to_arrays(), {})
+    begun = initial_state(recipe(model={"init_file": str(file)}, **describing))
+    assert "description.grid.weight" in ended.teacher
+    for name, array in ended.teacher.items():
+        assert np.array_equal(begun.student[name], array)
+        assert np.array_equal(begun.teacher[name], array)
 
 
 def test_a_pretrained_file_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.backbone import BACKBONE
 from core.checkpoint import save_arrays, write_json
 from core.config import Recipe
 from core.evaluate import Features, Task, labelled_tasks
@@ -28,7 +29,6 @@ from core.evaluation.stability import (
     with_means,
 )
 from core.evaluation.types import Prediction
-from core.export import BACKBONE
 from core.initial import initial_state
 from core.phantoms import make_phantoms
 
