@@ -15,6 +15,11 @@ BACKBONE = "backbone."
 """Before the names of the backbone's weights among a network's."""
 
 
+DESCRIBING_POSITION_STD = 0.5
+"""Of the first position embedding where pictures are described. Patch tokens have deviations of
+about 1: beside them attention cannot see the usual .02, and the class token learns no layout."""
+
+
 class ProjectionHead(nn.Module):
     """MLP d -> h -> h -> D with GELU and unit-length output; no normalisation layer.
 
@@ -117,6 +122,9 @@ def initialise(network: Network, generator: torch.Generator) -> None:
     for name, parameter in network.backbone.named_parameters():
         if name in ("cls_token", "pos_embed", "reg_token"):
             nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+    if network.description is not None:
+        position = cast(Tensor, network.backbone.pos_embed)
+        nn.init.trunc_normal_(position, std=DESCRIBING_POSITION_STD, generator=generator)
 
 
 def use_plain_attention(network: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.augment import denormalise, make_views
 from core.backbone import Network, initialise, use_plain_attention
@@ -39,9 +39,6 @@ class Pretraining:
     """Highest, after a tenth of the steps; then a cosine to 0."""
     area: tuple[float, float] = (0.5, 1.0)
     """Share of a picture that a view shows."""
-    position_std: float = 0.5
-    """Deviation of the first position embedding. Patch tokens have deviations of about 1: beside
-    them attention cannot see the usual .02, and the class token learns no layout."""
     ema_momentum: float = 0.95
     """Of the averaged weights that are the result; rises to 1 by a cosine."""
 
@@ -69,7 +66,7 @@ def pretrain(
         UserError: the backbone has no class token, or its patches form no square grid.
     """
     place = torch.device(device)
-    network = _start(recipe, settings).to(place)
+    network = _start(recipe).to(place)
     averaged = copy.deepcopy(network).requires_grad_(False)
     own, smooth = list(network.parameters()), list[Tensor](averaged.parameters())
     description = cast(Description, network.description)
@@ -113,12 +110,9 @@ def pretrain(
     return averaged.cpu()
 
 
-def _start(recipe: Recipe, settings: Pretraining) -> Network:
+def _start(recipe: Recipe) -> Network:
     network = Network(recipe.model, recipe.views.global_px, describes=True)
-    draws = torch_generator(recipe.seed, "initial")
-    initialise(network, draws)
-    position = cast(Tensor, network.backbone.pos_embed)
-    nn.init.trunc_normal_(position, std=settings.position_std, generator=draws)
+    initialise(network, torch_generator(recipe.seed, "initial"))
     use_plain_attention(network)
     return network
 
