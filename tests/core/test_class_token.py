@@ -70,9 +70,9 @@ def test_the_last_blocks_other_tokens_are_not_computed() -> None:
         with FlopCounterMode(display=False) as counter:
             features(model, images())
         counts.append(counter.get_total_flops())
-    others, tokens, width, batch = 16, 17, 32, 3
-    linear = 2 * others * 10 * width**2  # of the block's 12 d^2, keys and values stay
-    attention = 2 * 2 * others * tokens * width
+    others, tokens, width, heads, batch = 16, 17, 32, 2, 3
+    linear = 2 * others * 12 * width**2  # all of the block's weights
+    attention = 2 * 2 * tokens * (tokens - heads) * width  # a head's query meets whole tokens
     assert counts[1] - counts[0] == batch * (linear + attention)
 
 
