@@ -6,6 +6,7 @@ All draws are made on the CPU, so a GPU sees the same views.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,26 +19,8 @@ from core.modalities import MEAN_STD
 _LUMA = (0.299, 0.587, 0.114)
 _RGB_TO_YIQ = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
-
-
-class RowDraws:
-    """Uniform draws made beforehand, a row an image, handed out column by column.
-
-    **Guarantees**: the views of an image are a function of its pixels and its own row, whatever
-    other images are in the batch. From a generator they depend on the image's place in the batch.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self._columns = iter(rows.float().unbind(1))
-
-    def next_column(self, count: int) -> Tensor:
-        """The next draw of every image [count]."""
-        column = next(self._columns)
-        assert column.shape == (count,)
-        return column
-
-
-Draws = torch.Generator | RowDraws
+_DRAWS = 13
+"""Of a view: six for the crop, five for the colours, two for the blur."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +31,39 @@ class Views:
     local_VBCHW: Tensor
 
 
-def make_views(images: Tensor, modality: str, views: ViewsConfig, draws: Draws) -> Views:
+def make_views(
+    images: Tensor, modality: str, views: ViewsConfig, draws: torch.Generator | Tensor
+) -> Views:
     """Two global and `local_views` local views of every image.
 
     Args:
         images: uint8 [B, C, H, W] with C 1 or 3, on any device.
         modality: whose mean and deviation normalise the result.
         views: sizes and strengths.
-        draws: CPU generator of this step, or `draws_per_image` draws of each image.
+        draws: uniform draws of each image [B, `draws_per_image`], on the CPU, or the CPU generator
+            that makes them.
 
     Returns:
         Views with three channels.
+
+    **Guarantees**: the views of an image are a function of its pixels and its own row of draws,
+    whatever other images are in the batch.
     """
+    batch = len(images)
+    if isinstance(draws, torch.Generator):
+        draws = torch.rand(batch, draws_per_image(views), generator=draws)
+    rows = draws.float().view(batch, 2 + views.local_views, _DRAWS).permute(2, 1, 0)  # [13, V, B]
     pixels = images.float() / 255
-    large, small = views.global_px, views.local_px
-    first, second, local_blur = views.blur_probability
-
-    def view(size: int, area: tuple[float, float], blur_probability: float) -> Tensor:
-        crop = _crop(pixels, size, area, views, draws)
-        crop = _blur(_jitter(crop, views, draws), blur_probability, views.blur_sigma, draws)
-        return normalise(crop, modality)
-
-    global_views = [view(large, views.global_area, p) for p in (first, second)]
-    local_views = [view(small, views.local_area, local_blur) for _ in range(views.local_views)]
-    empty = pixels.new_zeros((0, len(pixels), 3, small, small))
-    return Views(torch.stack(global_views), torch.stack(local_views) if local_views else empty)
+    first, second, local = views.blur_probability
+    several = [local] * views.local_views
+    large = _views(pixels, views.global_px, views.global_area, [first, second], rows[:, :2], views)
+    small = _views(pixels, views.local_px, views.local_area, several, rows[:, 2:], views)
+    return Views(normalise(large, modality), normalise(small, modality))
 
 
 def draws_per_image(views: ViewsConfig) -> int:
     """Uniform draws that `make_views` takes for an image."""
-    return (2 + views.local_views) * 13
+    return (2 + views.local_views) * _DRAWS
 
 
 def normalise(pixels: Tensor, modality: str) -> Tensor:
@@ -94,83 +80,113 @@ def denormalise(pixels: Tensor, modality: str) -> Tensor:
     return pixels * pixels.new_tensor(std)[:, None, None] + pixels.new_tensor(mean)[:, None, None]
 
 
-def _rand(count: int, draws: Draws) -> Tensor:
-    if isinstance(draws, RowDraws):
-        return draws.next_column(count)
-    return torch.rand(count, generator=draws)
+def _views(
+    pixels: Tensor,
+    size: int,
+    area: tuple[float, float],
+    blur: Sequence[float],
+    rows: Tensor,
+    views: ViewsConfig,
+) -> Tensor:
+    """Views [V, B, C, size, size] in [0, 1], one for each probability of a blur.
+
+    Args:
+        pixels: [B, C, H, W] in [0, 1].
+        size: side of a view in pixels.
+        area: lowest and highest share of the image.
+        blur: V probabilities.
+        rows: draws [_DRAWS, V, B].
+        views: strengths.
+    """
+    count, batch = rows.shape[1:]
+    if count == 0:
+        return pixels.new_zeros((0, *pixels.shape[:2], size, size))
+    crops = _crop(pixels, size, area, views, rows[:6])  # [V, B, C, size, size]
+    flat = _jitter(crops.flatten(0, 1), views, rows[6:11].flatten(1))
+    chosen = (rows[11] < torch.tensor(blur)[:, None]).flatten()
+    if bool(chosen.any()):
+        places = chosen.nonzero()[:, 0].to(flat.device)
+        sigmas = _between(rows[12].flatten()[chosen], *views.blur_sigma)
+        flat[places] = _blur(flat[places], sigmas, views.blur_sigma[1])
+    return flat.view(count, batch, *flat.shape[1:])
 
 
-def _uniform(count: int, low: float, high: float, draws: Draws) -> Tensor:
-    return low + (high - low) * _rand(count, draws)
+def _between(draws: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * draws
 
 
 def _crop(
-    pixels: Tensor, size: int, area: tuple[float, float], views: ViewsConfig, draws: Draws
+    pixels: Tensor, size: int, area: tuple[float, float], views: ViewsConfig, draws: Tensor
 ) -> Tensor:
-    """Rotate about the image centre, crop a random share of the area, flip, resample once."""
-    batch, device = len(pixels), pixels.device
-    share = _uniform(batch, *area, draws)
-    aspect = torch.exp(_uniform(batch, math.log(3 / 4), math.log(4 / 3), draws))
-    half_width = (share * aspect).sqrt().clamp(max=1)  # [B], in half-image units
+    """Rotate about the image centre, crop a random share of the area, flip, resample once.
+
+    Images [B, C, H, W] and draws [6, V, B] -> [V, B, C, size, size].
+    """
+    count, batch = draws.shape[1:]
+    share = _between(draws[0], *area)
+    aspect = torch.exp(_between(draws[1], math.log(3 / 4), math.log(4 / 3)))
+    half_width = (share * aspect).sqrt().clamp(max=1)  # [V, B], in half-image units
     half_height = (share / aspect).sqrt().clamp(max=1)
-    centre_x = (1 - half_width) * _uniform(batch, -1, 1, draws)
-    centre_y = (1 - half_height) * _uniform(batch, -1, 1, draws)
-    flip = 1 - 2 * (_rand(batch, draws) < views.flip_probability).float()
-    angle = torch.deg2rad(_uniform(batch, -1, 1, draws) * views.rotation_degrees)
+    centre_x = (1 - half_width) * _between(draws[2], -1, 1)
+    centre_y = (1 - half_height) * _between(draws[3], -1, 1)
+    flip = 1 - 2 * (draws[4] < views.flip_probability).float()
+    angle = torch.deg2rad(_between(draws[5], -1, 1) * views.rotation_degrees)
     cos, sin = angle.cos(), angle.sin()
-    rows = [
-        cos * half_width * flip, -sin * half_height, cos * centre_x - sin * centre_y,
-        sin * half_width * flip, cos * half_height, sin * centre_x + cos * centre_y,
-    ]  # fmt: skip
-    affine = torch.stack(rows, dim=1).view(batch, 2, 3).to(device)
-    shape = [batch, pixels.shape[1], size, size]
-    grid = functional.affine_grid(affine, shape, align_corners=False)
-    return functional.grid_sample(pixels, grid, padding_mode="zeros", align_corners=False)
-
-
-def _jitter(pixels: Tensor, views: ViewsConfig, draws: Draws) -> Tensor:
-    """Brightness, contrast, saturation and hue as one matrix and offset an image."""
-    batch, channels = pixels.shape[:2]
-    chosen = _rand(batch, draws) < views.jitter_probability
-    brightness, contrast, saturation = (
-        torch.where(chosen, _uniform(batch, 1 - strength, 1 + strength, draws), torch.ones(()))
-        for strength in (views.brightness, views.contrast, views.saturation)
+    right = torch.stack([cos * half_width * flip, sin * half_width * flip], dim=-1)  # [V, B, 2]
+    down = torch.stack([-sin * half_height, cos * half_height], dim=-1)
+    centre = torch.stack([cos * centre_x - sin * centre_y, sin * centre_x + cos * centre_y], dim=-1)
+    right, down, centre = (
+        part.transpose(0, 1)[:, :, None, None].to(pixels.device) for part in (right, down, centre)
     )
-    hue = torch.where(chosen, _uniform(batch, -views.hue, views.hue, draws), torch.zeros(()))
-    gain = (brightness * contrast).to(pixels.device)[:, None, None, None]
-    grey = (pixels.mean(1) if channels == 1 else _luma(pixels)).mean((1, 2))  # [B]
-    offset = ((1 - contrast) * brightness).to(pixels.device) * grey
-    pixels = pixels * gain + offset[:, None, None, None]
+    places = (2 * torch.arange(size, device=pixels.device) + 1) / size - 1  # of pixels' centres
+    grid = right * places[:, None] + (down * places[:, None, None] + centre)  # [B, V, s, s, 2]
+    # One below the other, so that an image's views are sampled from it without copies of it.
+    tall = grid.flatten(1, 2)
+    sampled = functional.grid_sample(pixels, tall, padding_mode="zeros", align_corners=False)
+    return sampled.view(batch, -1, count, size, size).permute(2, 0, 1, 3, 4)
+
+
+def _jitter(pixels: Tensor, views: ViewsConfig, draws: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue of images [N, C, H, W], by draws [5, N].
+
+    One matrix and offset an image: what contrast adds is grey, which hue and saturation keep.
+    """
+    batch, channels = pixels.shape[:2]
+    chosen = draws[0] < views.jitter_probability
+    brightness, contrast, saturation = (
+        torch.where(chosen, _between(draw, 1 - strength, 1 + strength), torch.ones(()))
+        for draw, strength in zip(
+            draws[1:4], (views.brightness, views.contrast, views.saturation), strict=True
+        )
+    )
+    matrix = (brightness * contrast)[:, None, None]  # [N, 1, 1]
     if channels == 3:
-        turn = 2 * math.pi * hue
+        hue = _between(draws[4], -views.hue, views.hue)
+        turn = 2 * math.pi * torch.where(chosen, hue, torch.zeros(()))
         chroma = torch.zeros(batch, 3, 3)
         chroma[:, 0, 0] = 1
         chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * turn.cos()
         chroma[:, 1, 2], chroma[:, 2, 1] = -saturation * turn.sin(), saturation * turn.sin()
-        matrix = _YIQ_TO_RGB @ chroma @ _RGB_TO_YIQ  # [B, 3, 3]
-        pixels = torch.einsum("bij,bjhw->bihw", matrix.to(pixels.device), pixels)
-    return pixels.clamp(0, 1)
+        matrix = matrix * (_YIQ_TO_RGB @ chroma @ _RGB_TO_YIQ)  # [N, 3, 3]
+    flat = pixels.flatten(2)  # [N, C, H * W]
+    means = flat.mean(2)
+    grey = means[:, 0] if channels == 1 else (means * means.new_tensor(_LUMA)).sum(1)
+    offset = ((1 - contrast) * brightness).to(pixels.device) * grey
+    coloured = torch.baddbmm(offset[:, None, None], matrix.to(pixels.device), flat)
+    return coloured.clamp_(0, 1).view(pixels.shape)
 
 
-def _luma(pixels: Tensor) -> Tensor:
-    return torch.einsum("c,bchw->bhw", pixels.new_tensor(_LUMA), pixels)
-
-
-def _blur(pixels: Tensor, probability: float, sigma: tuple[float, float], draws: Draws) -> Tensor:
-    """Blur a random share of the images by a separable Gaussian, a sigma each."""
-    batch, channels, _, width = pixels.shape
-    chosen = _rand(batch, draws) < probability
-    sigmas = _uniform(batch, *sigma, draws) * width / 224  # [B], in pixels of this view
-    radius = math.ceil(3 * sigma[1] * width / 224)
-    if radius == 0 or not bool(chosen.any()):
-        return pixels
+def _blur(pixels: Tensor, sigmas: Tensor, largest: float) -> Tensor:
+    """Blur images [N, C, H, W] by a separable Gaussian, a sigma [N] each, in pixels at 224 px."""
+    size = pixels.shape[-1]
+    radius = math.ceil(3 * largest * size / 224)
     offsets = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)[:, None]) ** 2)  # [B, T]
-    kernel = torch.where(chosen[:, None], kernel, (offsets == 0).float())
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)  # [B*C, T]
-    taps = kernel.to(pixels.device)[:, None, None]  # [B*C, 1, 1, T]
-    stacked = pixels.reshape(1, batch * channels, *pixels.shape[2:])
-    for weight, pad in ((taps, (radius, radius, 0, 0)), (taps.mT, (0, 0, radius, radius))):
-        padded = functional.pad(stacked, pad, mode="reflect")
-        stacked = functional.conv2d(padded, weight, groups=batch * channels)
-    return stacked.reshape(pixels.shape)
+    widths = (sigmas * size / 224).clamp(min=1e-3)[:, None]
+    kernel = torch.exp(-0.5 * (offsets / widths) ** 2)  # [N, T]
+    taps = (kernel / kernel.sum(1, keepdim=True)).to(pixels.device)
+    for axis, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        padded = functional.pad(pixels, pad, mode="reflect")
+        pixels = torch.zeros_like(pixels)
+        for place, tap in enumerate(taps.unbind(1)):
+            pixels.addcmul_(padded.narrow(axis, place, size), tap[:, None, None, None])
+    return pixels

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.augment import RowDraws, draws_per_image, make_views
+from core.augment import draws_per_image, make_views
 from core.config import ViewsConfig
 from core.modalities import MODALITIES
 from core.privacy.noise import PrivateRandom
@@ -60,8 +60,7 @@ def patient_views(
         pixels = np.stack([patients.pixels_of(int(images[place])) for images in stack])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
         draws = random.uniform(len(stack) * draws_per_image(config)).reshape(len(stack), -1)
-        rows = RowDraws(torch.from_numpy(draws))
-        views = make_views(images, MODALITIES[modality], config, rows)
+        views = make_views(images, MODALITIES[modality], config, torch.from_numpy(draws))
         global_views.append(views.global_VBCHW)
         local_views.append(views.local_VBCHW)
     # [V, n, m, 3, H, W] -> [n, V, m, 3, H, W]

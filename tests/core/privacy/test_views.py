@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.augment import RowDraws, draws_per_image, make_views
+from core.augment import draws_per_image, make_views
 from core.config import ViewsConfig
 from core.phantoms import make_phantoms
 from core.privacy.noise import PrivateRandom
@@ -29,10 +29,10 @@ def test_the_views_of_an_image_do_not_change_when_another_is_removed(channels: i
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, channels, 16, 16), generator=draws, dtype=torch.uint8)
     rows = torch.rand(6, draws_per_image(CONFIG), generator=draws)
-    every = make_views(images, "us", CONFIG, RowDraws(rows))
+    every = make_views(images, "us", CONFIG, rows)
     for removed in range(6):
         kept = [image for image in range(6) if image != removed]
-        left = make_views(images[kept], "us", CONFIG, RowDraws(rows[kept]))
+        left = make_views(images[kept], "us", CONFIG, rows[kept])
         assert torch.equal(left.global_VBCHW, every.global_VBCHW[:, kept])
         assert torch.equal(left.local_VBCHW, every.local_VBCHW[:, kept])
 
@@ -48,18 +48,18 @@ def test_a_row_of_draws_is_used_up_and_every_draw_counts() -> None:
         }
     )
     rows = torch.full((1, draws_per_image(certain)), 0.3)
-    before = make_views(images, "us", certain, RowDraws(rows))
+    before = make_views(images, "us", certain, rows)
     certainties = {place for place in range(rows.shape[1]) if place % 13 in (6, 11)}
     for place in set(range(rows.shape[1])) - certainties:
         changed = rows.clone()
         changed[0, place] = 0.8
-        after = make_views(images, "us", certain, RowDraws(changed))
+        after = make_views(images, "us", certain, changed)
         same = torch.equal(before.global_VBCHW, after.global_VBCHW) and torch.equal(
             before.local_VBCHW, after.local_VBCHW
         )
         assert not same, place
-    with pytest.raises(StopIteration):
-        make_views(images, "us", certain, RowDraws(rows[:, :-1]))
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        make_views(images, "us", certain, rows[:, :-1])
 
 
 def test_stacks_hold_every_drawn_patient_once_and_only_like_images() -> None:
