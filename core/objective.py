@@ -6,16 +6,20 @@ one resolution before it goes forward through the next, and holds the activation
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from core.losses import centre, consistency_loss, koleo_loss
+from core.losses import centre, consistency_loss, koleo_loss, own_pairs
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""A loss and, without gradient, `loss`, `koleo` and `teacher_entropy`."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of the views of one batch."""
+    """The losses of the views of one batch, or of batches of M modalities: then a first axis M."""
 
     teacher: Tensor
     """Unit embeddings of the global views [U, B, D], no gradient."""
@@ -31,7 +35,7 @@ class Objective:
     teacher_temperature: float
     koleo_weight: float
 
-    def of_views(self, student: Tensor, first_view: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_views(self, student: Tensor, first_view: int) -> Losses:
         """The part of the step's loss that some views have.
 
         Args:
@@ -39,25 +43,54 @@ class Objective:
             first_view: place of the first of them among all views, the global ones leading.
 
         Returns:
-            A loss and, without gradient, `loss`, `koleo` and `teacher_entropy`: each adds up, over
-            parts that hold every view once, to that of all views.
+            Loss and figures, scalars (or [M]): each adds up, over parts that hold every view once,
+            to that of all views.
         """
         teacher, memory = self.teacher, self.memory
         if self.mean is not None:
-            student, teacher, memory = (centre(e, self.mean) for e in (student, teacher, memory))
+            shared = self.mean[..., None, :]
+            memory = centre(memory, shared)
+            student, teacher = (centre(e, shared[..., None, :]) for e in (student, teacher))
         consistency, entropy = consistency_loss(
             student, teacher, memory, self.blocks,
             self.student_temperature, self.teacher_temperature, first_view=first_view,
         )  # fmt: skip
-        targets = len(teacher)
-        own = max(0, min(targets - first_view, len(student)))  # pairs of a view with itself
-        share = (len(student) * targets - own) / (targets * (self.num_views - 1))
-        consistency = share * consistency
+        targets, (views, batch) = teacher.shape[-3], student.shape[-3:-1]
+        pairs = views * targets - own_pairs(first_view, views, targets)
+        consistency = pairs / (targets * (self.num_views - 1)) * consistency
         figures = {"loss": consistency.detach()}
         if first_view > 0:
             return consistency, figures
-        koleo = student.new_zeros(())
-        if student.shape[1] > 1:
-            koleo = (koleo_loss(student[0]) + koleo_loss(student[1])) / 2
+        koleo = torch.zeros_like(consistency)
+        if batch > 1:
+            koleo = koleo_loss(student[..., :2, :, :]).mean(-1)
         figures |= {"koleo": koleo.detach(), "teacher_entropy": entropy}
         return consistency + self.koleo_weight * koleo, figures
+
+
+def losses_of(
+    objectives: Sequence[Objective], students: Sequence[Tensor], first_view: int
+) -> list[Losses]:
+    """What `of_views` gives each modality's batch; those of one shape are computed together."""
+    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for place, (objective, student) in enumerate(zip(objectives, students, strict=True)):
+        alike.setdefault((student.shape, objective.memory.shape), []).append(place)
+    losses: dict[int, Losses] = {}
+    for places in alike.values():
+        joined = _join([objectives[place] for place in places])
+        loss, figures = joined.of_views(torch.stack([students[p] for p in places]), first_view)
+        for row, place in enumerate(places):
+            losses[place] = loss[row], {name: value[row] for name, value in figures.items()}
+    return [losses[place] for place in range(len(objectives))]
+
+
+def _join(objectives: Sequence[Objective]) -> Objective:
+    """One objective for modalities whose batches and memories have one shape."""
+    means = [o.mean for o in objectives if o.mean is not None]
+    return replace(
+        objectives[0],
+        teacher=torch.stack([o.teacher for o in objectives]),
+        memory=torch.stack([o.memory for o in objectives]),
+        mean=torch.stack(means) if means else None,
+        blocks=[torch.stack(parts) for parts in zip(*(o.blocks for o in objectives), strict=True)],
+    )

@@ -17,7 +17,7 @@ from core.description import Description, Usual
 from core.losses import random_blocks
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
-from core.objective import Objective
+from core.objective import Objective, losses_of
 from core.optimizer import clip_each, make_optimizer
 from core.randomness import derive_seed, torch_generator
 from core.schedules import ema_momentum, learning_rate, teacher_temperature, weight_decay
@@ -224,9 +224,10 @@ def _loss(
         embeddings = _embed(state.student, pixels_VBCHW, recipe)
     total, first = embeddings.new_zeros(()), 0
     figures: dict[str, Tensor] = {}
-    for batch, objective in zip(batches, objectives, strict=True):
+    students = torch.split(embeddings, [len(batch.images) for batch in batches], dim=1)
+    losses = losses_of(objectives, students, first_view)
+    for batch, (loss, found) in zip(batches, losses, strict=True):
         rows = slice(first, first := first + len(batch.images))
-        loss, found = objective.of_views(embeddings[:, rows], first_view)
         if described:
             found["description"] = _description(
                 state, batch.modality, tokens[:, rows], pixels_VBCHW[:, rows]

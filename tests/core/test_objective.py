@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from core.losses import random_blocks
-from core.objective import Objective
+from core.objective import Objective, losses_of
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -10,10 +10,12 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, generator=draws), dim=-1)
 
 
-def objective(num_views: int, batch: int, *, centred: bool) -> Objective:
-    mean = 0.3 * unit(8, seed=4) if centred else None
-    blocks = random_blocks(20, 3, torch.Generator().manual_seed(3))
-    teacher, memory = unit(2, batch, 8, seed=1), unit(20, 8, seed=2)
+def objective(
+    num_views: int, batch: int, *, centred: bool, seed: int = 0, entries: int = 20, cuts: int = 3
+) -> Objective:
+    mean = 0.3 * unit(8, seed=seed + 4) if centred else None
+    blocks = random_blocks(entries, cuts, torch.Generator().manual_seed(seed + 3))
+    teacher, memory = unit(2, batch, 8, seed=seed + 1), unit(entries, 8, seed=seed + 2)
     return Objective(teacher, memory, mean, blocks, num_views, 0.1, 0.04, 0.5)
 
 
@@ -45,3 +47,33 @@ def test_a_single_image_has_no_neighbour_and_no_koleo() -> None:
     assert float(figures["koleo"]) == 0
     _, figures = objective(2, 3, centred=False).of_views(unit(2, 3, 8, seed=0), 0)
     assert float(figures["koleo"]) != 0
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("cuts", [1, 3])
+@pytest.mark.parametrize("first_view", [0, 2])
+def test_modalities_together_have_the_losses_and_gradients_of_each_alone(
+    centred: bool, cuts: int, first_view: int
+) -> None:
+    """Batches and memories of several sizes, in no order."""
+    shapes = [(4, 20), (3, 20), (4, 20), (4, 23), (4, 20), (1, 20)]
+    objectives = [
+        objective(5, batch, centred=centred, seed=10 * place, entries=entries, cuts=cuts)
+        for place, (batch, entries) in enumerate(shapes)
+    ]
+
+    def students() -> list[torch.Tensor]:
+        return [unit(2, b, 8, seed=90 + b).requires_grad_() for b, _ in shapes]
+
+    alone, together = students(), students()
+    expected = [o.of_views(s, first_view) for o, s in zip(objectives, alone, strict=True)]
+    found = losses_of(objectives, together, first_view)
+    torch.stack([loss for loss, _ in expected]).sum().backward()
+    torch.stack([loss for loss, _ in found]).sum().backward()
+    for (loss, figures), (other, others) in zip(found, expected, strict=True):
+        assert float(loss.detach()) == pytest.approx(float(other.detach()), rel=1e-6)
+        assert {n: float(v) for n, v in figures.items()} == pytest.approx(
+            {n: float(v) for n, v in others.items()}, rel=1e-5
+        )
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)
