@@ -22,8 +22,8 @@ KINDS = {
     "GELU": ("aten::gelu", "aten::gelu_backward"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
     "layer norm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
-    "patch embedding and blur": ("aten::mkldnn_convolution", "aten::convolution_backward"),
-    "resampling": ("aten::grid_sampler_2d", "aten::affine_grid_generator"),
+    "patch embedding": ("aten::mkldnn_convolution", "aten::convolution_backward"),
+    "resampling": ("aten::grid_sampler_2d",),
     "sums, products, adding": ("aten::sum", "aten::mul", "aten::add", "aten::add_", "aten::mul_"),
     "optimiser": ("aten::_fused_adamw_", "aten::_foreach_lerp_", "aten::_foreach_norm"),
 }

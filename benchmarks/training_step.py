@@ -137,15 +137,11 @@ def time_logits(case: Case, turns: int) -> dict[str, Any]:
         masked_ring_loss(logits, targets, blocks, 0.1, 0.04).backward()
 
     def own() -> None:
-        total = student.new_zeros(())
-        for place, modality in enumerate(modalities):
-            chosen = slice(place * share, (place + 1) * share)
-            loss, _ = consistency_loss(
-                student[:, chosen], teacher[:, chosen], bank.embeddings[modality],
-                random_blocks(per, case.blocks, draws), 0.1, 0.04,
-            )  # fmt: skip
-            total = total + loss / count
-        total.backward()
+        parts = [torch.stack(e.split(share, dim=1)) for e in (student, teacher)]  # [M, V, b, D]
+        drawn = [random_blocks(per, case.blocks, draws) for _ in modalities]
+        blocks = [torch.stack(cut) for cut in zip(*drawn, strict=True)]
+        entries = torch.stack([bank.embeddings[m] for m in modalities])
+        consistency_loss(*parts, entries, blocks, 0.1, 0.04)[0].mean().backward()
 
     seconds = take_turns({"masked": masked, "own": own}, turns)
     return {
