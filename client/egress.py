@@ -6,8 +6,8 @@ just before it leaves, and knows nothing of how it was made.
 **Guarantees**, for every reply that passes `hold`:
     - It holds the records of its kind of message and no other.
     - A training reply's arrays are named and shaped like arrays that were sent down, in single or
-      half precision, or are prototypes with their counts; the teacher only if the recipe averages
-      teachers.
+      half precision, or in eight bits where the recipe's transport is delta8, or are prototypes
+      with their counts; the teacher only if the recipe averages teachers.
     - Prototypes are there only if the policy sends them, of allowed modalities, at most as many and
       as long as the recipe says, and each of at least the stricter minimum of patients.
     - Metrics are numbers whose names are on the closed list; if the policy sends none, round and
@@ -40,6 +40,7 @@ from core.wire import (
     PROTOTYPES,
     ROUND,
     SIDES,
+    STUDENT,
     TEACHER,
     Prototypes,
     SiteUpdate,
@@ -93,7 +94,8 @@ def hold_training(policy: Policy, recipe: Recipe, sent: Arrays, content: RecordD
     _check_records(content, {"arrays": ArrayRecord, "metrics": MetricRecord})
     arrays, metrics = content.array_records["arrays"], content.metric_records["metrics"]
     for name, array in arrays.items():
-        _check(array.dtype in FLOATS, "an array's type")
+        eight = recipe.federation.transport == "delta8" and name.startswith((STUDENT, TEACHER))
+        _check(array.dtype in (("int8",) if eight else FLOATS), "an array's type")
         if name.startswith((PROTOTYPES, COUNTS)):
             continue
         teacher = name.startswith(TEACHER) and recipe.federation.teacher != "average"

@@ -16,7 +16,7 @@ from core.checkpoint import Arrays, sha256_arrays
 from core.config import Recipe
 from core.shards import Shard
 from core.sites import open_site, training_images, training_patients
-from core.transport import TransportError, pack_update, unpack_state
+from core.transport import TransportError, carry, pack_update, unpack_state
 from core.wire import (
     COUNTS,
     EPSILON,
@@ -26,9 +26,12 @@ from core.wire import (
     TEACHER,
     GlobalState,
     SiteUpdate,
+    take,
 )
 
 LOG = logging.getLogger("fedmermed.site")
+OWED = "owed/"
+"""Before the private arrays that hold what rounding took from what was sent, see core.transport."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Request:
         """The arrays of an update to this round, as they leave."""
         transport = self.recipe.federation.transport
         return pack_update(update.to_arrays(), self.unpacked(), transport)
+
+    def carry(self, update: SiteUpdate, private: Arrays) -> tuple[SiteUpdate, Arrays]:
+        """Add what is owed from the round before; the update to store, and what to keep of it."""
+        transport, owed = self.recipe.federation.transport, take(private, OWED)
+        whole, left = carry(update.to_arrays(), self.unpacked(), owed, transport)
+        student, teacher = take(whole, STUDENT), take(whole, TEACHER)
+        kept = {OWED + name: array for name, array in left.items()}
+        return replace(update, student=student, teacher=teacher), kept
 
 
 def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
@@ -97,9 +108,9 @@ def answer(site: SiteConfig, request: Request) -> tuple[SiteUpdate, bool]:
         update, private = _train(site, request, recipe, shards, state)
         if spending.private:
             update = replace(update, metrics={EPSILON: spending.epsilon_after()})
-        update = cut(policy, recipe, update)
+        update, owed = request.carry(cut(policy, recipe, update), state.private())
         charge = spending.charge if spending.private else None
-        state.commit(number, received, StoredReply(update, patients), private, charge)
+        state.commit(number, received, StoredReply(update, patients), private | owed, charge)
         end_progress(state.directory)
     return update, True
 
@@ -143,7 +154,7 @@ def _check(request: Request) -> None:
             f"{request.step}"
         )
     prefixes: tuple[str, ...] = (STUDENT, TEACHER, PROTOTYPES, COUNTS)
-    if request.recipe.federation.transport == "delta16":
+    if request.recipe.federation.transport != "float32":
         prefixes += (SCALES,)
     if any(not name.startswith(prefixes) for name in request.arrays):
         raise Refusal("the message holds an array that is not on the list of what is sent down")

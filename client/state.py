@@ -1,7 +1,8 @@
 """What a site keeps on its disk between rounds, so that a round is trained once whatever happens.
 
-STATE/<study>/round-0007/   private.safetensors (optimiser moments, memory bank), reply.safetensors
-                            and reply.json (the exact reply, and the digest of what it answers)
+STATE/<study>/round-0007/   private.safetensors (optimiser moments, memory bank, what rounding took
+                            from what was sent), reply.safetensors and reply.json (the exact reply,
+                            and the digest of what it answers)
 STATE/<study>/progress.json while a round trains, see client.progress
 A round's directory appears by one rename, complete; the one before goes after that. Private arrays
 hold patient embeddings and never leave the site.

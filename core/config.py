@@ -165,8 +165,9 @@ class FederationConfig(Strict):
     let a killed one back in."""
     teacher: Literal["average", "rebuild"] = "average"
     """average: sites send teachers too; rebuild: the server continues the EMA from the students."""
-    transport: Literal["float32", "delta16"] = "float32"
-    """delta16: half the bytes, with the error that core/transport.py states."""
+    transport: Literal["float32", "delta16", "delta8"] = "float32"
+    """delta16: half the bytes; delta8: half of them again on the way up. core/transport.py states
+    the error of each."""
     prototypes_per_modality: Annotated[int, Field(ge=0)] = 16
     prototype_min_patients: Annotated[int, Field(ge=2)] = 10
     """A prototype made of fewer patients never leaves a site."""

@@ -3,19 +3,19 @@
 Down (server to site), RecordDict with two records:
   "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor>, prototypes/<modality> [K, D] unit
                           rows, prototype_counts/<modality> [K] float32
-                          scales/student, scales/teacher [T] float32, in transport delta16
+                          scales/student, scales/teacher [T] float32, in delta16 and delta8
   "config"  ConfigRecord  study, round, step (global step at which the round starts), recipe (JSON)
 Up (site to server), RecordDict with two records:
   "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor> (only when the recipe averages
                           teachers), prototypes/<modality>, prototype_counts/<modality>, and in
-                          delta16 scales as above
+                          delta16 and delta8 scales as above
   "metrics" MetricRecord  round (int, the one that is answered), num_examples/<modality> (int, at
                           least one), and floats named <metric>/<modality> or <metric> with
                           <metric> in METRICS
 With record privacy (core/privacy) metrics are round, num_examples/<modality> as the site declares
 them in public, and epsilon; prototypes are there only in the rounds that release them.
 Between a coordinator's service and a site's launcher small arrays travel in one (core/parcel.py).
-Weights are float32, or float16 where the recipe's transport is delta16 (core/transport.py).
+Weights are float32, or in transport delta16 and delta8 float16 or int8 (core/transport.py).
 A query message ("config": study) is answered with ConfigRecord "info": site, version.
 
 An evaluate message measures a released backbone on a site's own labels. Down:

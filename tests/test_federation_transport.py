@@ -1,7 +1,8 @@
-"""Half-precision transport through the real apps: what is sent, refused, resumed."""
+"""Transports of fewer bits through the real apps: what is sent, refused, resumed."""
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -115,10 +116,11 @@ def test_the_order_of_the_sites_changes_no_bit(tmp_path, recipe, make_sites):
 
 
 @pytest.mark.parametrize("teacher", ["average", "rebuild"])
+@pytest.mark.parametrize("transport", ["delta16", "delta8"])
 def test_killed_after_any_reply_and_resumed_it_ends_with_the_same_bits(
-    tmp_path, make_recipe, two_sites, teacher
+    tmp_path, make_recipe, two_sites, transport, teacher
 ):
-    recipe = make_recipe(transport="delta16", teacher=teacher)
+    recipe = make_recipe(transport=transport, teacher=teacher)
     calm = federate(tmp_path / "calm", recipe, Wire(two_sites))
     fresh(two_sites)
     deaths = 0
@@ -155,6 +157,88 @@ def _killed(run_dir, recipe, site_files):
     federate(run_dir, recipe, Wire(site_files, look))
 
 
+def arrays_of(reply):
+    return {name: array.numpy() for name, array in reply.content["arrays"].items()}
+
+
+def test_eight_bits_go_up_and_what_is_owed_stays_at_the_site(tmp_path, make_recipe, make_sites):
+    """One site, two rounds: what it sent is what it changed, but for what it owes at the end."""
+    recipe = make_recipe(transport="delta8", min_sites=1)
+    (file,) = make_sites({"alone": ["ct"]})
+    replies, owed = [], []
+
+    def look(message, reply):
+        for name, array in message.content["arrays"].items():
+            kinds = {"student": "float16", "teacher": "int8"}
+            assert array.dtype == kinds.get(name.partition("/")[0], "float32")
+        replies.append(arrays_of(reply))
+        (private,) = file.parent.glob("state/studies/*/round-*/private.safetensors")
+        kept = load_arrays(private)[0]
+        owed.append({n.removeprefix("owed/"): a for n, a in kept.items() if n.startswith("owed/")})
+        return reply
+
+    federate(tmp_path / "run", recipe, Wire([file], look))
+    groups = ("student/", "teacher/")
+    for reply in replies:
+        assert {a.dtype.name for n, a in reply.items() if n.startswith(groups)} == {"int8"}
+        assert not any(name.startswith("owed/") for name in reply)
+    names = {n for n in replies[0] if n.startswith(groups)}
+    assert set(owed[0]) == set(owed[1]) == names
+    assert any(array.any() for array in owed[0].values())
+    before, after = (state_after(tmp_path / "run", number).to_arrays() for number in (0, 2))
+    for name in names:
+        sent = sum(r[name].astype(np.float64) * _scale_of(r, name) for r in replies)
+        np.testing.assert_allclose(after[name], before[name] + sent, rtol=0, atol=1e-6)
+        assert np.abs(owed[1][name]).max() <= _scale_of(replies[1], name) * 127 / 253
+
+
+def _scale_of(reply, name):
+    group = name.partition("/")[0]
+    names = sorted(n for n in reply if n.startswith(f"{group}/"))
+    return float(reply[f"scales/{group}"][names.index(name)])
+
+
+def test_a_site_that_starts_afresh_owes_nothing(make_recipe, make_sites):
+    recipe = make_recipe(transport="delta8")
+    (file,) = make_sites({"st-mary": ["ct"]})
+    down = pack_state(initial_state(recipe).to_arrays(), "delta8")
+    ask(file, recipe.to_json(), down)
+    (private,) = file.parent.glob("state/studies/*/round-0001/private.safetensors")
+    second = arrays_of(ask(file, recipe.to_json(), down, round_number=2))
+    kept = load_arrays(private.parents[1] / "round-0002" / "private.safetensors")[0]
+    fresh([file])
+    alone = arrays_of(ask(file, recipe.to_json(), down, round_number=2))
+    assert any(alone[name].tobytes() != second[name].tobytes() for name in alone)
+    (private,) = file.parent.glob("state/studies/*/round-0002/private.safetensors")
+    owed = {n: a for n, a in load_arrays(private)[0].items() if n.startswith("owed/")}
+    assert any(array.tobytes() != kept[name].tobytes() for name, array in owed.items())
+
+
+def test_killed_at_any_operation_on_its_disk_a_site_sends_the_same_bytes(
+    make_recipe, make_sites, kill_points
+):
+    recipe = make_recipe(transport="delta8")
+    (file,) = make_sites({"st-mary": ["ct"]})
+    down = pack_state(initial_state(recipe).to_arrays(), "delta8")
+    state = file.parent / "state"
+    ask(file, recipe.to_json(), down)
+    shutil.copytree(state, file.parent / "before")
+    calm = arrays_of(ask(file, recipe.to_json(), down, round_number=2))
+    deaths = 0
+    shutil.rmtree(state)
+    shutil.copytree(file.parent / "before", state)
+    for killed in kill_points(lambda: ask(file, recipe.to_json(), down, round_number=2)):
+        deaths += killed
+        if killed:  # what is there now is what the next process finds
+            again = arrays_of(ask(file, recipe.to_json(), down, round_number=2))
+            assert {n: a.tobytes() for n, a in again.items()} == {
+                n: a.tobytes() for n, a in calm.items()
+            }
+            shutil.rmtree(state)
+            shutil.copytree(file.parent / "before", state)
+    assert deaths > 5
+
+
 BAD = {
     "inf": (lambda a: np.full_like(a, np.inf), "is not finite; update rejected"),
     "nan": (lambda a: np.full_like(a, np.nan), "is not finite; update rejected"),
@@ -183,8 +267,43 @@ def test_a_bad_update_is_rejected_by_name_and_the_round_goes_on(case, tmp_path, 
         assert line["sites"]["a"]["outcome"] == line["sites"]["b"]["outcome"] == "admitted"
 
 
-def ask(site_file, recipe_json, arrays):
-    config = {"study": "ab" * 16, "round": 1, "step": 0, "recipe": recipe_json}
+BAD_EIGHT = {
+    "a scale that is nan": (
+        "scales/student", lambda a: np.full_like(a, np.nan), "is not finite; update rejected"
+    ),
+    "a scale that is inf": (
+        "scales/student", lambda a: np.full_like(a, np.inf), "holds a scale that is not finite"
+    ),
+    "a large scale": (
+        "scales/student", lambda a: a * np.float32(1e9), "student moved by"
+    ),
+    "half precision": ("student/", lambda a: a.astype(np.float16), "float16, expected int8"),
+    "more numbers": ("student/", lambda a: np.zeros((9, *a.shape), np.int8), "has shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_EIGHT)
+def test_a_bad_update_in_eight_bits_is_rejected_by_name(case, tmp_path, make_recipe, make_sites):
+    prefix, change, words = BAD_EIGHT[case]
+    files = make_sites({"a": ["ct"], "st-mary": ["ct"], "b": ["us"]})
+
+    def look(message, reply):
+        if message.metadata.dst_node_id == FIRST_NODE_ID + 1:
+            name = next(n for n in sorted(reply.content["arrays"]) if n.startswith(prefix))
+            array = reply.content["arrays"][name].numpy()
+            reply.content["arrays"][name] = Array(change(array))
+        return reply
+
+    federate(tmp_path / "run", make_recipe(transport="delta8", rounds=1), Wire(files, look))
+    (line,) = read_history(tmp_path / "run")
+    assert line["sites"]["st-mary"]["outcome"] == "rejected"
+    assert words in line["sites"]["st-mary"]["reason"]
+    assert line["sites"]["a"]["outcome"] == line["sites"]["b"]["outcome"] == "admitted"
+
+
+def ask(site_file, recipe_json, arrays, round_number=1):
+    step = 2 * (round_number - 1)
+    config = {"study": "ab" * 16, "round": round_number, "step": step, "recipe": recipe_json}
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     grid = InProcessGrid(load_client_app(), [{"site": str(site_file)}])
     content = RecordDict({"arrays": record, "config": ConfigRecord(config)})
@@ -192,13 +311,14 @@ def ask(site_file, recipe_json, arrays):
     return reply
 
 
+@pytest.mark.parametrize("transport", ["delta16", "delta8"])
 def test_a_reply_holds_exactly_the_declared_keys_and_is_the_same_when_asked_again(
-    make_recipe, make_sites
+    make_recipe, make_sites, transport
 ):
-    recipe = make_recipe(transport="delta16", teacher="rebuild")
+    recipe = make_recipe(transport=transport, teacher="rebuild")
     (file,) = make_sites({"st-mary": ["ct"]})
     grid_state = initial_state(recipe)
-    arrays = pack_state(grid_state.to_arrays(), "delta16")
+    arrays = pack_state(grid_state.to_arrays(), transport)
     first, again = (ask(file, recipe.to_json(), arrays).content["arrays"] for _ in range(2))
     expected = {f"student/{name}" for name in grid_state.student}
     assert set(first) == expected | {"scales/student", "prototypes/ct", "prototype_counts/ct"}
@@ -211,7 +331,7 @@ def test_a_site_refuses_a_transport_it_does_not_know_or_that_the_arrays_are_not_
     (file,) = make_sites({"st-mary": ["ct"]})
     arrays = initial_state(recipe).to_arrays()
     table = json.loads(recipe.to_json())
-    table["federation"]["transport"] = "delta8"
+    table["federation"]["transport"] = "delta4"
     reply = ask(file, json.dumps(table), arrays)
     assert "'federation.transport'" in reply.error.reason
     reply = ask(file, recipe.to_json(), arrays)

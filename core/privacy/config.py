@@ -112,6 +112,12 @@ def _record(recipe: "Recipe") -> list[tuple[bool, str]]:
             "patient's values may hang on who else is computed with it",
         ),
         (
+            recipe.federation.transport == "delta8",
+            "needs federation.transport = 'float32' or 'delta16': in delta8 what rounding took "
+            "from earlier rounds comes later, and that of a round before privacy was switched on "
+            "had no noise",
+        ),
+        (
             recipe.privacy.prototype_releases > recipe.federation.rounds,
             "has more prototype_releases than rounds",
         ),

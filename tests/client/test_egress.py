@@ -63,6 +63,26 @@ def test_what_is_not_on_the_list_is_held_back(changes, part, recipe):
         hold_training(OPEN, recipe, SENT, training(**changes))
 
 
+EIGHT_BITS = {name: np.ones((2, 3), np.int8) for name in SENT}
+
+
+def test_eight_bits_leave_where_the_recipe_says_so(make_recipe):
+    hold_training(OPEN, make_recipe(transport="delta8"), SENT, training(arrays=EIGHT_BITS))
+
+
+@pytest.mark.parametrize(
+    ("transport", "arrays"),
+    [
+        ("delta16", EIGHT_BITS),
+        ("delta8", {}),
+        ("delta8", EIGHT_BITS | {"prototypes/ct": np.ones((2, 16), np.int8)}),
+    ],
+)
+def test_no_other_type_leaves_than_the_transports(transport, arrays, make_recipe):
+    with pytest.raises(PolicyRefusal, match="an array's type"):
+        hold_training(OPEN, make_recipe(transport=transport), SENT, training(arrays=arrays))
+
+
 def test_more_prototypes_than_the_recipe_says_are_held_back(recipe):
     many = {
         "prototypes/ct": np.ones((4, 16), np.float32),

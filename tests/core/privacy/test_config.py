@@ -26,6 +26,8 @@ def read(base: dict, section: str = "", **changes: object) -> Recipe:
 def test_proven_recipes_are_read():
     assert read(RECORD).privacy.mode == "record"
     assert read(SITE).privacy.sites == 3
+    # "whatever it sends" is what site privacy bounds: what comes later is bounded too
+    assert read(SITE, "federation", transport="delta8").privacy.sites == 3
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def test_proven_recipes_are_read():
         ("memory", {"at_round_start": "refilled"}, "refilling embeds patients"),
         ("model", {"drop_path": 0.1}, "dropped paths"),
         ("optim", {"precision": "bf16"}, "how bf16 rounds a patient's values may hang on"),
+        ("federation", {"transport": "delta8"}, "before privacy was switched on had no noise"),
         ("privacy", {"prototype_releases": 9}, "more prototype_releases than rounds"),
     ],
 )
