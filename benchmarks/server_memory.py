@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=100, help="millions, of the state")
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 50])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--transport", choices=["float32", "delta16"], default="float32")
+    parser.add_argument("--transport", choices=["float32", "delta16", "delta8"], default="float32")
     parser.add_argument("--home", type=Path, help="a directory on a disk with room")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -2,7 +2,8 @@
 
 HALF    float16; the scale is a power of two.
 EIGHT   int8 from -127 to 127; the scale is a 127th of the tensor's largest number. A scale for each
-        row or block of 256 made the error of a site's change 1 to 4 % smaller (benchmarks/wire.py).
+        row or block of 256 would take a third from the error of a site's change late in a study and
+        nothing early, .8 % of its length at most (benchmarks/README.md): not worth its bytes.
 
 Error of HALF, for each element x of a tensor: at most |x| * 2^-11, or max|tensor| * 2^-39 where
 that is more. Error of EIGHT: at most max|tensor| / 253, or 2^-127 where that is more. In both, zero
