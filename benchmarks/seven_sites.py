@@ -94,25 +94,16 @@ def _single_source(shard: Shard, data: Path) -> Shard:
     return dataclasses.replace(shard, label=label, classes={"cfp": names})
 
 
-def start_command(out: Path, seed: int) -> list[str]:
-    """Pretrains a seed's backbone once for all arms, as the study itself would before round 1."""
-    steps = load_recipe(RECIPE).model.phantom_steps
-    options = ["--steps", str(steps), "--device", "cpu", "--seed", str(seed)]
-    return [
-        sys.executable, "-m", "server", "pretrain", str(RECIPE), *options,
-        str(start_file(out, seed)),
-    ]  # fmt: skip
-
-
 def start_file(out: Path, seed: int) -> Path:
-    """Where it lies."""
-    return out / "start" / f"{seed}.safetensors"
+    """The weights before round 1: the federation's own start, which all arms of a seed share."""
+    return run_directory(out, "federation", seed) / "round-0000.safetensors"
 
 
 def recipe_file(out: Path, arm: str, seed: int, num_sites: int) -> Path:
     """The recipe of an arm, derived from the study's."""
     table: dict[str, Any] = tomllib.loads(RECIPE.read_text())
-    table["model"] |= {"phantom_steps": 0, "init_file": str(start_file(out, seed))}
+    if arm != "federation":
+        table["model"] |= {"phantom_steps": 0, "init_file": str(start_file(out, seed))}
     optim, federation = table.setdefault("optim", {}), table.setdefault("federation", {})
     if arm in ("local", "pooled"):
         federation["min_sites"] = 1
@@ -302,10 +293,11 @@ def main() -> None:
     sites = prepare(arguments.data, out)
     trained = [arm for arm in arms if arm not in UNTRAINED]
     if trained or "init" in arms:
-        missing = [seed for seed in seeds if not start_file(out, seed).exists()]
-        run_all([start_command(out, seed) for seed in missing], arguments.jobs)
+        first = [c for s in seeds for c in commands(out, "federation", s, sites)]
+        run_all(first, arguments.jobs)
+    later = [arm for arm in trained if arm != "federation"]
     run_all(
-        [c for s in seeds for arm in trained for c in commands(out, arm, s, sites)], arguments.jobs
+        [c for s in seeds for arm in later for c in commands(out, arm, s, sites)], arguments.jobs
     )
     recipe = hashlib.sha256(load_recipe(RECIPE).to_json().encode()).hexdigest()
     facts: dict[str, Any] = {"recipe_sha256": recipe, "torch": torch.__version__}
