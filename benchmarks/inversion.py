@@ -115,7 +115,7 @@ def adamw(gradient: Gradient, recipe: Recipe, clip: float) -> Gradient:
     The step is g / (|g| + 1e-8): the sign of g, unless g was clipped to less than 1e-8. Then it is
     as good as g.
     """
-    network, seen = Network(recipe.model, recipe.views.global_px), {}
+    network, seen = Network.of(recipe), {}
     load_network(network, initial_state(recipe).student)
     rate = recipe.optim.learning_rate
     for name, parameter in network.named_parameters():

@@ -49,12 +49,16 @@ CASES = {
 
 
 def recipe_of(case: Case, **optim: object) -> Recipe:
-    """configs/seven_sites.toml with the case's batch and memory, from random weights."""
+    """configs/seven_sites.toml with the case's batch and memory, from random weights.
+
+    Without description, which the published method does not have.
+    """
     recipe = load_recipe(RECIPE)
     memory = {"entries_per_modality": case.entries // len(case.modalities), "blocks": case.blocks}
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"phantom_steps": 0}),
+            "loss": recipe.loss.model_copy(update={"description_weight": 0.0}),
             "optim": recipe.optim.model_copy(update={"batch_size": case.batch, **optim}),
             "memory": recipe.memory.model_copy(update=memory),
         }

@@ -152,7 +152,7 @@ def effect(data: Path, out: Path, seeds: list[int]) -> None:
             reference = reference or state
             went = distance(reference.student, initial_state(recipe).student)
             apart = distance(state.student, reference.student) / went
-            network = Network(recipe.model, recipe.views.global_px)
+            network = Network.of(recipe)
             load_network(network, state.teacher)
             metrics = read_history(run)[-1]["metrics"]
             loss = float(np.mean([v for n, v in metrics.items() if n.startswith("loss/")]))
