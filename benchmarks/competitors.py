@@ -1,0 +1,199 @@
+"""The arms of benchmarks/scenarios.py, and the search for the values that each needs.
+
+  ours               the recipe
+  init, random       the start, untrained; random weights
+  local, pooled      each site alone; all images on one machine, as many views a step
+  without_prototypes, refilled, unweighted, rebuild, random_anchors, without_description,
+  description_alone, without_memory, without_start
+                     ours with one part taken out or replaced
+  no_memory          a teacher, cosine between embeddings of two views, KoLeo; nothing else
+  dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
+  fedprox            ours with FedProx' pull to the global weights
+and, in `leaving`, from the round on after a site has left:
+  anchor             the student keeps near the received teacher on the site's own images
+  slow_teacher       the teacher moves a tenth as fast
+  server_momentum    the global weights move slowly
+  rehearsal          the coordinator trains on phantoms of the lost modalities, as one more site
+  decay              a smaller learning rate
+
+Tuned values come from benchmarks/competitors.json if it was made with the same recipe, else they
+are the first of each list below; the tables say so. Tuning uses a seed of its own and sees nothing
+of the test split. Every tuned arm has the same number of tries, TRIES. Ours has none here: its
+values are the recipe's, which was chosen on images that are not in the test split either. A
+competitor may be measured on its student or on the student's moving average, whichever does better
+on val.
+
+Run: python benchmarks/competitors.py --data DIR --tune [--out runs/scenarios] [--jobs 2]
+     [--arms dino mae ...] [--steps N]
+It resumes after a kill, adds to benchmarks/competitors.json and prints a table.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from competitor_dino import dino
+from competitor_fedema import byol, divergence_aware
+from competitor_mae import masked_autoencoder
+from competitor_step import arm_of
+from federation_loop import Arm
+from our_arms import (
+    ServerMomentum,
+    anchor,
+    description_alone,
+    fedprox,
+    ours,
+    random_anchors,
+    scaled,
+    unweighted,
+    with_recipe,
+    without_memory,
+    without_start,
+)
+
+from core.checkpoint import read_json, write_json
+from core.errors import UserError
+
+CHOSEN: Final = Path(__file__).with_suffix(".json")
+TUNING_SEED: Final = 1000
+TRIES: Final = 6
+Values = dict[str, float]
+
+RATES: Final = (1.0, 3.0, 0.333)
+"""Factors on the recipe's learning rate."""
+GRIDS: Final[Mapping[str, Mapping[str, Sequence[float]]]] = {
+    "no_memory": {"rate": RATES, "koleo": (0.02, 0.1)},
+    "dino": {"rate": RATES, "temperature": (0.04, 0.07)},
+    "mae": {"rate": RATES, "depth": (1, 2)},
+    "fedema": {"rate": RATES, "tau": (0.7, 0.35)},
+    "fedprox": {"rate": RATES, "weight": (0.01, 0.1)},
+    "anchor": {"weight": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)},
+    "server_momentum": {"momentum": (0.5, 0.3, 0.6, 0.7, 0.8, 0.9)},
+    "decay": {"factor": (0.3, 0.03, 0.1, 0.2, 0.5, 0.7)},
+}
+"""The values that are tried; each arm has TRIES of them in all."""
+DINO_PROTOTYPES: Final = 512
+
+UNTRAINED: Final = ("init", "random")
+FORGETTING: Final = ("anchor", "slow_teacher", "server_momentum", "rehearsal", "decay")
+"""Arms that are ours until somebody has left."""
+STUDENT_OR_TEACHER: Final = ("no_memory", "dino", "mae", "fedema")
+"""Arms that are measured on whichever does better on val; the others release a teacher."""
+NETWORKS: Final = ("student", "teacher")
+
+ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
+    "ours": ours,
+    "init": ours,
+    "random": without_start,
+    "local": ours,
+    "pooled": ours,
+    "without_prototypes": lambda: with_recipe(federation={"prototypes_per_modality": 0}),
+    "refilled": lambda: with_recipe(memory={"at_round_start": "refilled"}),
+    "unweighted": unweighted,
+    "rebuild": lambda: with_recipe(federation={"teacher": "rebuild"}),
+    "random_anchors": random_anchors,
+    "without_description": lambda: with_recipe(loss={"description_weight": 0.0}),
+    "description_alone": description_alone,
+    "without_memory": lambda: without_memory(described=True),
+    "without_start": without_start,
+    "no_memory": lambda rate, koleo: without_memory(described=False, rate=rate, koleo=koleo),
+    "dino": lambda rate, temperature: arm_of(
+        dino(prototypes=DINO_PROTOTYPES, temperature=temperature), rate=rate
+    ),
+    "mae": lambda rate, depth: arm_of(
+        masked_autoencoder(depth=int(depth)), rate=rate, local_like_global=True
+    ),
+    "fedema": lambda rate, tau: arm_of(byol(), rate=rate, round_of=divergence_aware(tau)),
+    "fedprox": fedprox,
+    "anchor": anchor,
+    "slow_teacher": lambda: Arm(recipe=_slow_teacher),
+    "server_momentum": lambda momentum: Arm(merge=ServerMomentum(momentum)),
+    "rehearsal": ours,
+    "decay": lambda factor: scaled("optim", "learning_rate", factor),
+}
+
+
+def make_arm(name: str, values: Mapping[str, Any]) -> Arm:
+    """The arm with its tuned values; `measured` among them says which network is the result."""
+    numbers = {key: value for key, value in values.items() if key != "measured"}
+    return replace(ARMS[name](**numbers), measured=values.get("measured", "teacher"))
+
+
+def _slow_teacher(recipe: Any) -> Any:
+    slow = 1 - (1 - recipe.optim.ema_momentum) / 10
+    return with_recipe(optim={"ema_momentum": slow}).recipe(recipe)
+
+
+def tries(name: str) -> list[Values]:
+    """All values of an arm that are tried, the usual ones first."""
+    grid = GRIDS[name]
+    return [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())]
+
+
+def chosen_values(name: str, recipe_sha256: str, file: Path = CHOSEN) -> tuple[Values, bool]:
+    """An arm's values, and whether they need no tuning or had it with this recipe."""
+    if name not in GRIDS:
+        return {}, True
+    if file.exists():
+        found = read_json(file)
+        if found["recipe_sha256"] == recipe_sha256 and name in found["chosen"]:
+            return dict(found["chosen"][name]), True
+    return tries(name)[0], False
+
+
+def best(arm: str, rows: Iterable[tuple[Values, Mapping[str, float]]]) -> dict[str, Any]:
+    """Values with the highest mean AUROC on val, and the network that had it.
+
+    Args:
+        arm: whose.
+        rows: values and "student" or "teacher" -> AUROC; of equals the first wins.
+    """
+    networks = NETWORKS if arm in STUDENT_OR_TEACHER else ("teacher",)
+    found = [(values, name, figures[name]) for values, figures in rows for name in networks]
+    values, name, _ = max(found, key=lambda row: row[2])
+    return {**values, "measured": name}
+
+
+def main() -> None:
+    from scenario_jobs import Study, results_of, run_jobs, tuning_job
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="directory of npz files")
+    parser.add_argument("--tune", action="store_true", required=True, help="run the tries")
+    parser.add_argument("--out", type=Path, default=Path("runs/scenarios"))
+    parser.add_argument("--arms", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--steps", type=int, help="of a site; the recipe's without it")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    study = Study(arguments.data, arguments.out.resolve())
+    jobs = {
+        (arm, number): tuning_job(study, arm, values, arguments.steps)
+        for arm in arguments.arms
+        for number, values in enumerate(tries(arm))
+    }
+    run_jobs(study, list(jobs.values()), arguments.jobs)
+    table: dict[str, Any] = {"recipe_sha256": study.recipe_sha256, "chosen": {}, "tries": {}}
+    if CHOSEN.exists() and (before := read_json(CHOSEN))["recipe_sha256"] == study.recipe_sha256:
+        table = before
+    print("| arm | values | student | teacher | CPU s |\n|---|---|---|---|---|")
+    for arm in arguments.arms:
+        rows = []
+        for number, values in enumerate(tries(arm)):
+            result = results_of(study, jobs[arm, number])
+            if result is None:
+                raise UserError(f"try {number} of arm '{arm}' has no result; run this again")
+            rows.append((values, result["val"]))
+            told = " | ".join(f"{result['val'].get(n, float('nan')):.4f}" for n in NETWORKS)
+            print(f"| {arm} | {json.dumps(values)} | {told} | {result['cpu_train']:.0f} |")
+        table["tries"][arm] = [{"values": v, "val": figures} for v, figures in rows]
+        table["chosen"][arm] = best(arm, rows)
+        print(f"| **{arm}** | **{json.dumps(table['chosen'][arm])}** | | | |")
+    write_json(CHOSEN, table)
+
+
+if __name__ == "__main__":
+    main()

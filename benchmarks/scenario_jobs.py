@@ -1,0 +1,130 @@
+"""One job of the study: a scenario, an arm, a seed; a process of its own, and what it leaves.
+
+OUT/data, OUT/start      the hospitals' shards, and the pretrained backbone of each seed
+OUT/jobs/NAME.json       what to do
+OUT/measured/NAME.json   what came of it, written last; OUT/measured/NAME.safetensors the draws
+A result counts only for the job it was made for: another recipe or other values make it anew.
+
+benchmarks/scenario_run.py does a job; its process is killed without loss to the others.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import competitors
+import seven_sites
+from federation_loop import changed
+
+from core.checkpoint import load_arrays, read_json, write_json
+from core.config import load_recipe
+from core.evaluation.intervals import Resampled
+
+RUN: Final = Path(__file__).resolve().with_name("scenario_run.py")
+
+
+class Study:
+    """Data, recipe and directory that all jobs share."""
+
+    def __init__(self, data: Path, out: Path) -> None:
+        self.data, self.out = data, out
+        self.recipe = load_recipe(seven_sites.RECIPE)
+        text = self.recipe.to_json()
+        self.recipe_sha256 = hashlib.sha256(text.encode()).hexdigest()
+
+    def start(self, seed: int) -> str:
+        """The pretrained backbone of a seed; empty if the recipe has none."""
+        if self.recipe.model.phantom_steps:
+            return str(seven_sites.start_file(self.out, seed))
+        return self.recipe.model.init_file
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is told."""
+
+    scenario: str
+    arm: str
+    seed: int
+    values: dict[str, Any]
+    tuned: bool
+    recipe: str
+    """JSON: seed, rounds and start are in it."""
+    tuning: bool = False
+    """Measure both networks on val, and nothing on test."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        steps = json.loads(self.recipe)["federation"]
+        name = f"{self.scenario}-{self.arm}-{steps['rounds'] * steps['local_steps']}-{self.seed}"
+        if self.tuning:
+            values = "-".join(f"{key}{value:g}" for key, value in self.values.items())
+            name = f"tune-{name}-{values}"
+        return name
+
+
+def make_job(
+    study: Study, scenario: str, arm: str, seed: int, steps: int | None, **options: Any
+) -> Job:
+    """A job with the recipe of its seed and length: at least two rounds."""
+    values, tuned = competitors.chosen_values(arm, study.recipe_sha256)
+    federation = study.recipe.federation
+    local_steps, total = federation.local_steps, steps or study.recipe.total_steps
+    rounds = max(2, total // local_steps)
+    recipe = changed(
+        study.recipe.model_copy(update={"seed": seed}),
+        model={"phantom_steps": 0, "init_file": study.start(seed)},
+        federation={"rounds": rounds, "local_steps": max(1, total // rounds), "min_sites": 1},
+        evaluation={"every_rounds": 0},
+    )
+    job = Job(scenario, arm, seed, values, tuned, recipe.to_json())
+    return dataclasses.replace(job, **options)
+
+
+def tuning_job(study: Study, arm: str, values: dict[str, Any], steps: int | None) -> Job:
+    """A try: on val, with a seed of its own, in the scenario that the arm is for."""
+    scenario = "leaving" if arm in competitors.FORGETTING else "extreme"
+    seed = competitors.TUNING_SEED
+    return make_job(study, scenario, arm, seed, steps, values=values, tuned=False, tuning=True)
+
+
+def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
+    """Run what has no result yet: starts first, then the jobs, each on a processor of its own."""
+    seven_sites.prepare(study.data, study.out)
+    missing = [job for job in jobs if results_of(study, job) is None]
+    if study.recipe.model.phantom_steps:
+        seeds = sorted({job.seed for job in missing})
+        absent = [s for s in seeds if not seven_sites.start_file(study.out, s).exists()]
+        seven_sites.run_all([seven_sites.start_command(study.out, s) for s in absent], processes)
+    commands = []
+    for job in missing:
+        file = study.out / "jobs" / f"{job.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dataclasses.asdict(job))
+        commands.append([sys.executable, str(RUN), str(file)])
+    seven_sites.run_all(commands, processes)
+
+
+def results_of(study: Study, job: Job) -> dict[str, Any] | None:
+    """What came of a job; None if it was not run, or another one of its name was."""
+    file = study.out / "measured" / f"{job.name}.json"
+    if not file.exists():
+        return None
+    found: dict[str, Any] = read_json(file)
+    return found if found["job"] == dataclasses.asdict(job) else None
+
+
+def draws_of(study: Study, job: Job, moment: str) -> dict[str, Resampled]:
+    """Modality -> AUROC of the test split with its draws, at "end" or at "half"."""
+    arrays, _ = load_arrays(study.out / "measured" / f"{job.name}.safetensors")
+    rows = read_json(study.out / "measured" / f"{job.name}.json")[moment]
+    return {
+        name: Resampled(row["auroc"], arrays[f"{moment}/{name}"].astype(float), row["freedom"])
+        for name, row in rows.items()
+    }

@@ -1,0 +1,152 @@
+"""Is a federation as good as pooling, and ours as good as others? Real images, hard cases, tables.
+
+Scenarios, each over the seven modalities at 64 px (train split trains, val chooses the probe, test
+is measured; colour fundus on its single source):
+  extreme        one modality a site
+  skewed_0.5     two or three sites a modality, their labels dealt by Dirichlet(.5)
+  skewed_0.1     the same, Dirichlet(.1)
+  sizes          a big site with four fifths of everything, and a small one a modality
+  leaving        the only sites of ultrasound and dermatology leave at half time
+  joining        dermatology's site joins at half time
+  participation  the sites of skewed_0.5, of which 30 % answer a round
+  broken         half of dermatology is at one more site, whose images are black or noise
+  misnamed       half of dermatology is at one more site, which calls it chest X-rays
+Arms are in competitors.py; those against forgetting run in `leaving` alone. Within a scenario all
+arms see as many views (`local`: each site in every round).
+
+Run: python benchmarks/scenarios.py --data DIR [--out DIR] [--seeds 0 1 2] [--jobs 2]
+     [--scenarios ...] [--arms ...] [--steps N ...] [--pretend]
+It resumes after a kill, which loses the jobs that run; each job is pinned to one processor, so a
+seed gives the same bits again. Adds to benchmarks/scenarios.json and prints tables in Markdown.
+"""
+
+import argparse
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import competitors
+import torch
+from scenario_jobs import Job, Study, draws_of, make_job, results_of, run_jobs
+from scenario_sites import JOINING, LEAVING, SCENARIOS
+from scenario_tables import (
+    Draws,
+    arms_table,
+    change_table,
+    differences,
+    time_table,
+)
+
+from core.checkpoint import read_json, write_json
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+RESULTS: Final = Path(__file__).with_suffix(".json")
+CHANGING: Final = {"leaving": LEAVING, "joining": JOINING}
+Done = dict[str, list[tuple[Job, dict[str, Any]]]]
+"""Arm -> its jobs that have a result, with it."""
+
+
+def plan(
+    study: Study,
+    scenarios: Sequence[str],
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    steps: Sequence[int | None],
+) -> list[Job]:
+    """All jobs, seed by seed, so that a study that is stopped early has whole seeds."""
+    return [
+        make_job(study, scenario, arm, seed, length)
+        for seed, length, scenario, arm in itertools.product(seeds, steps, scenarios, arms)
+        if scenario == "leaving" or arm not in competitors.FORGETTING
+    ]
+
+
+def by_arm(study: Study, jobs: Sequence[Job]) -> Done:
+    """The jobs that are done."""
+    done: Done = {}
+    for job in jobs:
+        if (result := results_of(study, job)) is not None:
+            done.setdefault(job.arm, []).append((job, result))
+    return done
+
+
+def draws(study: Study, done: Done, moment: str) -> dict[str, Draws]:
+    """Arm -> seed -> modality -> AUROC with its draws."""
+    return {arm: {j.seed: draws_of(study, j, moment) for j, _ in r} for arm, r in done.items()}
+
+
+def report(study: Study, jobs: Sequence[Job]) -> None:
+    """Print all tables and add the figures to RESULTS."""
+    facts = {"recipe_sha256": study.recipe_sha256, "torch": torch.__version__}
+    results: dict[str, Any] = {}
+    if RESULTS.exists() and (kept := read_json(RESULTS))["recipe_sha256"] == study.recipe_sha256:
+        results = kept["results"]
+    groups: dict[tuple[str, int], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.scenario, int(job.name.split("-")[-2])), []).append(job)
+    times: dict[str, list[Mapping[str, Any]]] = {}
+    for (scenario, steps), chosen in groups.items():
+        if not (done := by_arm(study, chosen)):
+            continue
+        end = draws(study, done, "end")
+        print(f"\n### {scenario}, {steps} steps a site\n\n{arms_table(end, notes(done))}")
+        if scenario in CHANGING:
+            extreme = by_arm(study, groups.get(("extreme", steps), []))
+            stayed, half = draws(study, extreme, "end"), draws(study, done, "half")
+            print(f"\n{change_table(half, end, stayed, CHANGING[scenario])}", flush=True)
+        rows = results.setdefault(scenario, {}).setdefault(str(steps), {})
+        for arm, pairs in done.items():
+            rows[arm] = rows.get(arm, {}) | {str(job.seed): row(job, r) for job, r in pairs}
+            if arm != "ours" and set(end[arm]) & set(end.get("ours", ())):
+                found = differences(end[arm], end["ours"])
+                rows[arm]["less_ours"] = {
+                    name: [c.difference, c.low, c.high, c.p] for name, c in found.items()
+                }
+            times.setdefault(arm, []).extend(result for _, result in pairs)
+    write_json(RESULTS, facts | {"results": results})
+    if times:
+        print(f"\n### CPU seconds\n\n{time_table(times)}")
+
+
+def row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What RESULTS keeps of a job."""
+    kept = ("half", "end", "cpu_train", "cpu_measure", "site_steps", "held")
+    counts = {key: len(result[key]) for key in ("outliers", "rejected")}
+    return {key: result[key] for key in kept} | counts | {"values": job.values, "tuned": job.tuned}
+
+
+def notes(done: Done) -> dict[str, str]:
+    """Arm -> CPU time of a job, and whether its values were never tuned."""
+    found = {}
+    for arm, pairs in done.items():
+        seconds = sum(r["cpu_train"] + r["cpu_measure"] for _, r in pairs) / len(pairs)
+        found[arm] = f"{seconds:.0f} s" + ("" if pairs[0][0].tuned else ", not tuned")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="directory of npz files")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "scenarios")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS)
+    arms = list(competitors.ARMS)
+    parser.add_argument("--arms", nargs="+", default=arms, choices=arms)
+    parser.add_argument("--steps", type=int, nargs="+", default=[None], help="of a site")
+    parser.add_argument("--pretend", action="store_true", help="only say what would run")
+    arguments = parser.parse_args()
+    study = Study(arguments.data, arguments.out.resolve())
+    jobs = plan(study, arguments.scenarios, arguments.arms, arguments.seeds, arguments.steps)
+    if arguments.pretend:
+        for job in jobs:
+            state = "done" if results_of(study, job) else "to do"
+            print(f"{state}: {job.name} {job.values or ''}{'' if job.tuned else ' not tuned'}")
+        return
+    run_jobs(study, jobs, arguments.jobs)
+    report(study, jobs)
+
+
+if __name__ == "__main__":
+    main()

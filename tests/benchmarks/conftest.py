@@ -1,0 +1,55 @@
+"""The study's modules, and three phantom hospitals of a modality each."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from core.config import recipe_from_json
+from core.phantoms import make_phantoms
+
+IN_ORDER = (
+    *("federation_loop", "our_arms", "competitor_step", "competitor_dino", "competitor_mae"),
+    *("competitor_fedema", "competitors", "seven_sites", "scenario_sites", "scenario_measure"),
+    *("scenario_jobs", "scenario_run", "scenario_tables", "scenarios"),
+)
+"""Each imports only what stands before it."""
+TABLE = {
+    "model": {
+        "options": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4},
+        "head_hidden": 32,
+        "embedding_dim": 16,
+    },
+    "views": {"global_px": 32, "local_px": 16, "local_views": 1},
+    "memory": {"entries_per_modality": 32, "centred": True},
+    "loss": {"koleo_weight": 0.02, "description_weight": 0.3},
+    "optim": {"batch_size": 8, "learning_rate": 0.1, "precision": "fp32", "warmup": 0.0},
+    "federation": {
+        "rounds": 2, "local_steps": 2, "min_sites": 1, "prototypes_per_modality": 3,
+        "prototype_min_patients": 2,
+    },
+    "evaluation": {"every_rounds": 0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bench(load_benchmark):
+    """All modules by name."""
+    torch.set_num_threads(1)
+    return SimpleNamespace(**{name: load_benchmark(name) for name in IN_ORDER})
+
+
+@pytest.fixture
+def study_recipe():
+    """Two rounds of two steps that describe the views."""
+    return recipe_from_json(json.dumps(TABLE), "test")
+
+
+@pytest.fixture(scope="session")
+def hospitals():
+    """Modality -> its shards."""
+    return {
+        modality: [make_phantoms(modality, patients=72, images_per_patient=2, px=32, seed=1)]
+        for modality in ("cxr", "us", "dermatology")
+    }

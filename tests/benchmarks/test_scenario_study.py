@@ -1,0 +1,135 @@
+"""Jobs from the plan to the tables."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from core.checkpoint import read_json, save_arrays, write_json
+from core.config import load_recipe
+from core.evaluation.intervals import Resampled
+from core.shards import write_shard
+
+
+@pytest.fixture
+def study(bench, study_recipe, hospitals, tmp_path, monkeypatch):
+    """A study of phantoms whose start is random, without a process a job."""
+    for modality, shards in hospitals.items():
+        for shard in shards:
+            write_shard(tmp_path / "data" / modality / shard.name, shard)
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(
+        bench.seven_sites.toml_text(study_recipe.model_dump(mode="json", exclude_none=True))
+    )
+    assert load_recipe(recipe_file) == study_recipe
+    monkeypatch.setattr(bench.seven_sites, "RECIPE", recipe_file)
+    monkeypatch.setattr(bench.scenarios, "RESULTS", tmp_path / "scenarios.json")
+    return bench.scenario_jobs.Study(tmp_path / "data", tmp_path)
+
+
+def test_a_job_leaves_what_tables_need_and_counts_for_itself_alone(bench, study, hospitals, capsys):
+    jobs = bench.scenarios.plan(study, ["leaving"], ["ours", "init", "rehearsal"], [0], [4])
+    for job in jobs:
+        assert bench.scenario_jobs.results_of(study, job) is None
+        bench.scenario_run.execute(job, hospitals, study.out)
+    results = [bench.scenario_jobs.results_of(study, job) for job in jobs]
+    assert [r["site_steps"] for r in results] == [2 * 3 + 2 * 1, 0, 2 * 3 + 2 * 3]
+    assert [r["measurements"] for r in results] == [2, 2, 2]
+    assert results[0]["half"] == results[2]["half"]  # rehearsal begins when a site has left
+    assert results[0]["end"] != results[2]["end"]
+    assert results[1]["half"] == results[1]["end"]
+    other = dataclasses.replace(jobs[0], values={"rate": 3.0})
+    assert bench.scenario_jobs.results_of(study, other) is None
+    bench.scenarios.report(study, jobs)
+    kept = read_json(bench.scenarios.RESULTS)["results"]["leaving"]["4"]
+    assert kept["rehearsal"]["0"]["end"] == results[2]["end"]
+    difference = kept["init"]["less_ours"]["us"][0]
+    expected = results[1]["end"]["us"]["auroc"] - results[0]["end"]["us"]["auroc"]
+    assert difference == pytest.approx(expected)
+    printed = capsys.readouterr().out
+    assert "| rehearsal | ultrasound |" in printed
+    assert "### leaving, 4 steps a site" in printed
+
+
+def test_a_try_measures_both_networks_on_val_and_nothing_on_test(bench, study, hospitals):
+    job = bench.scenario_jobs.tuning_job(study, "mae", {"rate": 1.0, "depth": 1}, 4)
+    (shard,) = hospitals["us"]
+    unseen = np.where(shard.split == "test", -1, shard.label)  # no test label is needed
+    hidden = {"us": [dataclasses.replace(shard, label=unseen)]}
+    bench.scenario_run.execute(job, hidden, study.out)
+    result = bench.scenario_jobs.results_of(study, job)
+    assert set(result["val"]) == {"student", "teacher"}
+    assert result["end"] == result["half"] == {}
+    assert job.seed == bench.competitors.TUNING_SEED
+
+
+def test_alone_each_site_trains_in_every_round_and_is_measured_on_its_own(bench, study, hospitals):
+    (job,) = bench.scenarios.plan(study, ["leaving"], ["local"], [0], [4])
+    bench.scenario_run.execute(job, hospitals, study.out)
+    result = bench.scenario_jobs.results_of(study, job)
+    assert result["site_steps"] == 3 * 4
+    assert set(result["end"]) == set(result["half"]) == {"cxr", "us", "dermatology"}
+    assert result["measurements"] == 2 * 3
+
+
+def test_pooled_sees_as_many_views_a_step_as_all_sites_that_answer(bench, study, hospitals):
+    (job,) = bench.scenarios.plan(study, ["skewed_0.5"], ["pooled"], [0], [4])
+    recipe = bench.scenario_run.recipe_from_json(job.recipe, "the job")
+    scenario = bench.scenario_run.build(job.scenario, hospitals, 0, 2)
+    pooled = bench.scenario_run._recipe_of(job, recipe, scenario)
+    assert pooled.optim.batch_size == 6 * recipe.optim.batch_size  # two sites a modality
+    before, after = (r.optim.batch_size * r.optim.learning_rate for r in (recipe, pooled))
+    assert after == pytest.approx(before)  # the rate is for 256 images
+    (sites,) = bench.scenario_run.runs_of(job, scenario)
+    images = sum(len(shard.images) for shard in sites["pooled"])
+    assert images == sum((s.split == "train").sum() for held in hospitals.values() for s in held)
+
+
+def test_arms_against_forgetting_run_where_somebody_leaves_alone(bench, study):
+    jobs = bench.scenarios.plan(study, ["extreme", "leaving"], ["ours", "decay"], [0], [4])
+    assert [(j.scenario, j.arm) for j in jobs] == [
+        ("extreme", "ours"), ("leaving", "ours"), ("leaving", "decay"),
+    ]  # fmt: skip
+    assert not jobs[-1].tuned
+    assert len({job.name for job in jobs}) == 3
+
+
+def resampled(value, generator, noise):
+    """A measure with draws about it."""
+    return Resampled(value, value + noise + 0.01 * generator.standard_normal(1000), 100.0)
+
+
+def test_differences_are_paired_over_images_and_seeds(bench):
+    generator = np.random.default_rng(0)
+    ours, arm = {}, {}
+    for seed, level in enumerate((0.6, 0.7, 0.8)):  # seeds differ far more than arms
+        noise = 0.05 * generator.standard_normal(1000)  # of the images, for both alike
+        ours[seed] = {"us": resampled(level, generator, noise)}
+        arm[seed] = {"us": resampled(level + 0.03, generator, noise)}
+    found = bench.scenario_tables.differences(arm, ours)
+    for name in ("us", bench.scenario_tables.MEAN):
+        assert found[name].difference == pytest.approx(0.03)
+        assert 0.005 < found[name].low < 0.03 < found[name].high < 0.055
+    del arm[2]  # a seed that only one has does not count
+    assert bench.scenario_tables.differences(arm, ours)["us"].difference == pytest.approx(0.03)
+
+
+def test_an_arm_that_helps_one_seed_of_three_alone_is_not_told_from_ours(bench):
+    generator = np.random.default_rng(0)
+    still = np.zeros(1000)
+    ours = {seed: {"us": resampled(0.7, generator, still)} for seed in range(3)}
+    arm = {seed: {"us": resampled(0.7 + 0.1 * (seed == 0), generator, still)} for seed in range(3)}
+    found = bench.scenario_tables.differences(arm, ours)["us"]
+    assert found.difference == pytest.approx(0.1 / 3)
+    assert found.low < 0.01
+
+
+def test_draws_come_back_from_the_disk_as_they_were(bench, study):
+    (job,) = bench.scenarios.plan(study, ["extreme"], ["ours"], [0], [4])
+    draws = np.linspace(0, 1, 1000, dtype=np.float32)
+    save_arrays(study.out / "measured" / f"{job.name}.safetensors", {"end/us": draws})
+    row = {"auroc": 0.5, "freedom": 7.0}
+    write_json(study.out / "measured" / f"{job.name}.json", {"end": {"us": row}})
+    found = bench.scenario_jobs.draws_of(study, job, "end")["us"]
+    assert (found.value, found.freedom) == (0.5, 7.0)
+    np.testing.assert_array_equal(found.draws, draws)
