@@ -12,11 +12,10 @@ from federation_loop import Arm, SiteRound, changed
 from torch import Tensor, nn
 
 from core.augment import make_views
-from core.backbone import Network, initialise, use_plain_attention
+from core.backbone import BACKBONE, Network, initialise, use_plain_attention
 from core.checkpoint import Arrays
 from core.class_token import class_token_features
 from core.config import Recipe
-from core.export import BACKBONE
 from core.initial import initial_state
 from core.memory import MemoryBank
 from core.modalities import MODALITIES

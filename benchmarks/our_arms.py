@@ -131,7 +131,10 @@ def unweighted() -> Arm:
 
 
 def fedprox(weight: float, rate: float = 1.0) -> Arm:
-    """Ours with FedProx' term, weight / 2 * |w - w_global|^2 (Li et al., MLSys 2020)."""
+    """Ours with FedProx' term, weight / 2 * |w - w_global|^2 (Li et al., MLSys 2020).
+
+    Its gradient is added after each tensor's was clipped, or the clipping would undo it.
+    """
 
     def change(state: TrainState, batches: Any, recipe: Recipe, site: str) -> None:
         pairs = [(p, p.detach().clone()) for p in state.student.parameters()]

@@ -13,13 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from core.backbone import create_backbone, use_plain_attention
+from core.backbone import BACKBONE, create_backbone, use_plain_attention
 from core.checkpoint import Arrays
 from core.config import Recipe
 from core.evaluate import Task, auroc, extract, fit_probe, knn_scores
 from core.evaluation.intervals import Resampled, draw_weights, resample
 from core.evaluation.types import Prediction
-from core.export import BACKBONE
 from core.randomness import numpy_generator
 
 DRAWS: Final = 1000

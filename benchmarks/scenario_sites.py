@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from core.errors import UserError
 from core.modalities import MODALITIES
 from core.randomness import numpy_generator
 from core.shards import Shard
@@ -35,6 +36,8 @@ MANY_IMAGES: Final = 1500
 """From so many training images on a modality is split over three sites and not two."""
 FEWEST_IMAGES: Final = 24
 """A site has no fewer."""
+MOST_SPLITS: Final = 1000
+"""Draws of a split until that holds."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ def build(name: str, hospitals: Mapping[str, Sequence[Shard]], seed: int, rounds
         hospitals: Modality -> its shards, one modality each.
         seed: Draws the split and who answers.
         rounds: Of the whole study, at least 2.
+
+    Raises:
+        UserError: a modality has too few images to be split.
     """
     half = rounds // 2
     whole: Sites = {modality: list(shards) for modality, shards in hospitals.items()}
@@ -141,10 +147,15 @@ def _skewed(whole: Sites, concentration: float, seed: int) -> Sites:
                 return np.full(count, 1 / count)
             return generator.dirichlet([concentration] * count)
 
-        while True:
+        for _ in range(MOST_SPLITS):
             parts = [split_patients(shard, shares, generator) for shard in shards]
             if min(sum(map(len, site)) for site in zip(*parts, strict=True)) >= FEWEST_IMAGES:
                 break
+        else:
+            raise UserError(
+                f"{modality}: {MOST_SPLITS} draws of a split over {count} sites all left one with "
+                f"fewer than {FEWEST_IMAGES} of the {images} training images; give more images"
+            )
         for number in range(count):
             held = zip(shards, (part[number] for part in parts), strict=True)
             sites[f"{modality}-{number + 1}"] = [cut(s, i, s.name) for s, i in held if len(i)]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from core.errors import UserError
 from core.sites import training_images
 
 
@@ -53,6 +54,13 @@ def test_images_without_a_label_are_dealt_evenly(bench, hospitals):
     sites = bench.scenario_sites.build("skewed_0.1", {"us": [unlabelled]}, 0, 2).sites
     sizes = [len(shards[0].images) for shards in sites.values()]
     assert max(sizes) - min(sizes) <= 2  # a patient has two images
+
+
+def test_too_few_images_to_split_are_refused_by_modality(bench, hospitals):
+    (shard,) = hospitals["us"]
+    few = bench.scenario_sites.cut(shard, np.flatnonzero(shard.patient < 12), "few")
+    with pytest.raises(UserError, match=r"us: 1000 draws .* over 2 sites .* fewer than 24"):
+        bench.scenario_sites.build("skewed_0.5", {"us": [few]}, 0, 2)
 
 
 def test_the_big_site_has_four_fifths_of_every_modality(bench, hospitals):

@@ -63,6 +63,34 @@ def test_a_try_measures_both_networks_on_val_and_nothing_on_test(bench, study, h
     assert job.seed == bench.competitors.TUNING_SEED
 
 
+def test_tuning_runs_all_tries_and_writes_the_choice_that_a_study_then_takes(
+    bench, study, hospitals, tmp_path, monkeypatch, capsys
+):
+    def run_jobs(study, jobs, processes):
+        for job in jobs:
+            bench.scenario_run.execute(job, {"us": hospitals["us"]}, study.out)
+
+    grid = {"dino": {"rate": (1.0, 3.0), "temperature": (0.04,)}}
+    file = tmp_path / "competitors.json"
+    monkeypatch.setattr(bench.scenario_jobs, "run_jobs", run_jobs)
+    monkeypatch.setattr(bench.competitors, "GRIDS", grid)
+    monkeypatch.setattr(bench.competitors, "CHOSEN", file)
+    words = ["--tune", "--data", str(study.data), "--out", str(study.out), "--arms", "dino"]
+    monkeypatch.setattr("sys.argv", ["competitors.py", *words, "--steps", "4"])
+    bench.competitors.main()
+    kept = read_json(file)
+    figures = [
+        (row["val"][network], row["values"]["rate"], network)
+        for row in kept["tries"]["dino"]
+        for network in ("student", "teacher")
+    ]
+    highest, rate, network = max(figures, key=lambda figure: figure[0])
+    chosen = {"rate": rate, "temperature": 0.04, "measured": network}
+    assert kept["chosen"]["dino"] == chosen
+    assert f"{highest:.4f}" in capsys.readouterr().out
+    assert bench.competitors.chosen_values("dino", study.recipe_sha256, file) == (chosen, True)
+
+
 def test_alone_each_site_trains_in_every_round_and_is_measured_on_its_own(bench, study, hospitals):
     (job,) = bench.scenarios.plan(study, ["leaving"], ["local"], [0], [4])
     bench.scenario_run.execute(job, hospitals, study.out)
@@ -133,3 +161,32 @@ def test_draws_come_back_from_the_disk_as_they_were(bench, study):
     found = bench.scenario_jobs.draws_of(study, job, "end")["us"]
     assert (found.value, found.freedom) == (0.5, 7.0)
     np.testing.assert_array_equal(found.draws, draws)
+
+
+def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
+    bench, study, hospitals, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "npz").mkdir()
+    for modality in ("cxr", "us"):
+        (shard,) = hospitals[modality]
+        arrays = {}
+        for split in ("train", "val", "test"):
+            chosen = shard.split == split
+            arrays |= {f"{split}_images": shard.images[chosen][..., 0]}
+            arrays |= {f"{split}_labels": shard.label[chosen][:, None]}
+        np.savez(tmp_path / "npz" / f"{modality}_phantoms.npz", **arrays)
+    words = ["--data", tmp_path / "npz", "--out", tmp_path / "out", "--seeds", 0, "--jobs", 1]
+    words += ["--steps", 4, "--scenarios", "extreme", "--arms", "ours"]
+    monkeypatch.setattr("sys.argv", ["scenarios.py", *map(str, words)])
+    monkeypatch.setenv("PYTHONPATH", str(bench.seven_sites.ROOT))
+    bench.scenarios.main()
+    measured = tmp_path / "out" / "measured" / "extreme-ours-4-0.json"
+    first = measured.stat().st_mtime_ns
+    assert "done: extreme-ours-4-0.json" in (printed := capsys.readouterr().out)
+    assert "### CPU seconds" in printed
+    bench.scenarios.main()
+    assert measured.stat().st_mtime_ns == first
+    monkeypatch.setattr("sys.argv", ["scenarios.py", *map(str, words), "--pretend"])
+    capsys.readouterr()
+    bench.scenarios.main()
+    assert capsys.readouterr().out.startswith("done: extreme-ours-4-0")
