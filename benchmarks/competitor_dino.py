@@ -21,6 +21,8 @@ FROZEN_SHARE = 0.1
 class WithPrototypes(nn.Module):
     """Backbone, our projection head, and K unit prototypes [K, D]."""
 
+    description = None  # nothing describes: core.backbone.initialise asks
+
     def __init__(self, recipe: Recipe, prototypes: int) -> None:
         super().__init__()
         network = bare(recipe)

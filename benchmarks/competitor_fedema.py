@@ -30,6 +30,8 @@ ONLINE, TARGET, SCALE = "fedema/online/", "fedema/target/", "fedema/lambda"
 class Online(nn.Module):
     """Backbone, projector and predictor; the target network has the same shape."""
 
+    description = None  # nothing describes: core.backbone.initialise asks
+
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         model = recipe.model

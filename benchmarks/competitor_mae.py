@@ -21,6 +21,8 @@ HEADS = 4
 class MaskedAutoencoder(nn.Module):
     """A backbone and a decoder of `depth` blocks, WIDTH wide."""
 
+    description = None  # nothing describes: core.backbone.initialise asks
+
     def __init__(self, recipe: Recipe, depth: int) -> None:
         super().__init__()
         px = recipe.views.global_px

@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Competitor:
-    """A method. Networks have a timm `backbone`; the rest is theirs."""
+    """A method. Networks have a timm `backbone` and a `description`, None; the rest is theirs."""
 
     network: Callable[[Recipe], nn.Module]
     loss: Callable[[Step], Tensor]
