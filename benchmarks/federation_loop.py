@@ -2,8 +2,8 @@
 
 What a site does is core.site_round (or what an arm puts in its place); what the coordinator does is
 its own admission, quarantine, screening and aggregation. Left out are messages, processes and
-files, which change no number: tests/benchmarks compares the last weights with those of
-`fedmermed-server simulate`, bit for bit.
+files, which change no number in transport float32: tests/benchmarks compares the last weights with
+those of `fedmermed-server simulate`, bit for bit.
 """
 
 import json

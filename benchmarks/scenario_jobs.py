@@ -1,6 +1,6 @@
 """One job of the study: a scenario, an arm, a seed; a process of its own, and what it leaves.
 
-OUT/data, OUT/start      the hospitals' shards, and the pretrained backbone of each seed
+OUT/data, OUT/start      the hospitals' shards, and the weights before round 1 of each seed
 OUT/jobs/NAME.json       what to do
 OUT/measured/NAME.json   what came of it, written last; OUT/measured/NAME.safetensors the draws
 A result counts only for the job it was made for: another recipe or other values make it anew.
@@ -25,6 +25,7 @@ from core.checkpoint import load_arrays, read_json, write_json
 from core.config import load_recipe
 from core.evaluation.intervals import Resampled
 
+START: Final = Path(__file__).resolve().with_name("scenario_start.py")
 RUN: Final = Path(__file__).resolve().with_name("scenario_run.py")
 
 
@@ -37,10 +38,14 @@ class Study:
         text = self.recipe.to_json()
         self.recipe_sha256 = hashlib.sha256(text.encode()).hexdigest()
 
+    def start_file(self, seed: int) -> Path:
+        """Where the weights that a seed's phantoms give lie."""
+        return self.out / "start" / f"{seed}.safetensors"
+
     def start(self, seed: int) -> str:
-        """The pretrained backbone of a seed; empty if the recipe has none."""
+        """The file with which a seed begins; empty if it begins with random weights."""
         if self.recipe.model.phantom_steps:
-            return str(seven_sites.start_file(self.out, seed))
+            return str(self.start_file(seed))
         return self.recipe.model.init_file
 
 
@@ -100,8 +105,10 @@ def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
     missing = [job for job in jobs if results_of(study, job) is None]
     if study.recipe.model.phantom_steps:
         seeds = sorted({job.seed for job in missing})
-        absent = [s for s in seeds if not seven_sites.start_file(study.out, s).exists()]
-        seven_sites.run_all([seven_sites.start_command(study.out, s) for s in absent], processes)
+        absent = [seed for seed in seeds if not study.start_file(seed).exists()]
+        words = [sys.executable, str(START), str(seven_sites.RECIPE)]
+        starts = [[*words, str(seed), str(study.start_file(seed))] for seed in absent]
+        seven_sites.run_all(starts, processes)
     commands = []
     for job in missing:
         file = study.out / "jobs" / f"{job.name}.json"

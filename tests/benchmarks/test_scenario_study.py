@@ -1,6 +1,7 @@
 """Jobs from the plan to the tables."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from core.checkpoint import read_json, save_arrays, write_json
 from core.config import load_recipe
 from core.evaluation.intervals import Resampled
+from core.initial import initial_state
+from core.pretrain import Pretraining
 from core.shards import write_shard
 
 
@@ -160,6 +163,29 @@ def test_draws_come_back_from_the_disk_as_they_were(bench, study):
     found = bench.scenario_jobs.draws_of(study, job, "end")["us"]
     assert (found.value, found.freedom) == (0.5, 7.0)
     np.testing.assert_array_equal(found.draws, draws)
+
+
+def test_all_jobs_of_a_seed_begin_as_the_product_does_heads_included(
+    bench, study, study_recipe, monkeypatch, load_benchmark
+):
+    recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 1})
+    small = functools.partial(Pretraining, phantoms=16, batch_size=14)
+    monkeypatch.setattr("core.pretrain.Pretraining", small)
+    file = study.out / "phantoms.toml"
+    table = recipe.model_dump(mode="json", exclude_none=True)
+    file.write_text(bench.seven_sites.toml_text(table))
+    monkeypatch.setattr(bench.seven_sites, "RECIPE", file)
+    begun = bench.scenario_jobs.Study(study.data, study.out)
+    monkeypatch.setattr("sys.argv", ["", str(file), "5", begun.start(5)])
+    load_benchmark("scenario_start").main()
+    job = bench.scenario_jobs.make_job(begun, "extreme", "ours", 5, 4)
+    found = initial_state(bench.scenario_run.recipe_from_json(job.recipe, "the job")).student
+    expected = initial_state(recipe.model_copy(update={"seed": 5})).student
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    drawn = initial_state(recipe.from_scratch.model_copy(update={"seed": 5})).student
+    name = "description.grid.bias"
+    assert not np.array_equal(found[name], drawn[name])
 
 
 def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(

@@ -1,0 +1,23 @@
+"""Makes the weights before round 1 of a seed, once for all its jobs, as the product itself would.
+
+python benchmarks/scenario_start.py RECIPE.toml SEED OUT/start/SEED.safetensors
+A study of the same recipe and seed has the same file: RUN/round-0000.safetensors.
+"""
+
+import sys
+from pathlib import Path
+
+from core.checkpoint import save_arrays
+from core.config import load_recipe
+from core.initial import initial_state
+
+
+def main() -> None:
+    recipe_file, seed, out = sys.argv[1:]
+    recipe = load_recipe(Path(recipe_file)).model_copy(update={"seed": int(seed)})
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    save_arrays(Path(out), initial_state(recipe).to_arrays())
+
+
+if __name__ == "__main__":
+    main()
