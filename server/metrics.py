@@ -56,6 +56,7 @@ METRICS: Final[dict[str, About]] = {
     "mean_cosine": About("Mean cosine of embeddings; 1 is a point", BY_MODALITY),
     "rankme": About("Effective rank of embeddings", BY_MODALITY),
     "koleo": About("Spreading loss", BY_MODALITY),
+    "description": About("Error of describing pictures; 2 is saying the usual", BY_MODALITY),
     "knn_auroc": About("kNN AUROC of the model before the last evaluated round", BY_MODALITY),
     "site_rounds_total": About("Rounds by what came of the site's reply", ("site", "outcome")),
     "site_asked_again_total": About("Questions beyond the first of a round", BY_SITE),
