@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from core.augment import make_views
 from core.backbone import BACKBONE, Network, initialise, use_plain_attention
+from core.batch import Batch
 from core.checkpoint import Arrays
 from core.class_token import class_token_features
 from core.config import Recipe
+from core.device import uses_bf16
 from core.initial import initial_state
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
@@ -23,18 +25,16 @@ from core.optimizer import clip_each, make_optimizer
 from core.randomness import torch_generator
 from core.schedules import ema_momentum
 from core.shards import Shard
-from core.site_round import SiteData
+from core.site_data import SiteData
 from core.sites import training_images
+from core.step import TrainState
 from core.train import (
-    Batch,
-    TrainState,
     follow,
     load_network,
     load_private,
     network_arrays,
     private_arrays,
     set_rates,
-    uses_bf16,
 )
 from core.wire import GlobalState, Prototypes, SiteUpdate
 
@@ -168,7 +168,7 @@ def _views(recipe: Recipe, batches: Sequence[Batch], site: str, step: int) -> tu
     for batch in batches:
         name = MODALITIES[batch.modality]
         draws = torch_generator(recipe.seed, site, "step", step, name)
-        made.append(make_views(batch.images, name, recipe.views, draws))
+        made.append(make_views(batch.images[:], name, recipe.views, draws))
     large = torch.cat([part.global_VBCHW for part in made], dim=1)
     return large, torch.cat([part.local_VBCHW for part in made], dim=1)
 

@@ -29,8 +29,10 @@ from core.privacy.step import PrivateOptimizer
 from core.randomness import torch_generator
 from core.schedules import teacher_temperature
 from core.shards import Shard
-from core.site_round import SiteData, site_round
-from core.train import TrainState, load_network, new_state
+from core.site_data import SiteData
+from core.site_round import site_round
+from core.step import TrainState
+from core.train import load_network, new_state
 
 Floats = NDArray[np.float64]
 Gradient = dict[str, Tensor]
@@ -156,7 +158,7 @@ def a_round(case: Case) -> tuple[Gradient, Tensor]:
     for step in range(recipe.federation.local_steps):
         (batch,) = data.batches(recipe, SITE, step)
         draws = torch_generator(recipe.seed, SITE, "step", step, case.modality)
-        views = make_views(batch.images, case.modality, recipe.views, draws)
+        views = make_views(batch.images[:], case.modality, recipe.views, draws)
         seen.append(views.global_VBCHW.flatten(0, 1))
     names = (POSITION, PATCH)
     return {n: torch.from_numpy(before.student[n] - update.student[n]) for n in names}, torch.cat(

@@ -27,7 +27,8 @@ from core.losses import consistency_loss
 from core.modalities import MODALITIES
 from core.randomness import torch_generator
 from core.shards import Shard
-from core.train import TrainState, load_network, new_state
+from core.step import TrainState
+from core.train import load_network, new_state
 from core.wire import GlobalState, SiteUpdate
 
 Floats = NDArray[np.float64]

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from core import train as training
 from core.augment import make_views
+from core.batch import Batch
 from core.checkpoint import Arrays
 from core.config import Recipe
 from core.errors import UserError
 from core.modalities import MODALITIES
 from core.randomness import torch_generator
 from core.site_round import site_round
-from core.train import Batch, TrainState
+from core.step import TrainState
 from core.wire import GlobalState, Prototypes, SiteUpdate
 from server.aggregate import aggregate
 
@@ -163,7 +164,7 @@ def anchor(weight: float) -> Arm:
             views = recipe.views.model_copy(update={"local_views": 0})
             pixels = [
                 make_views(
-                    batch.images, name := MODALITIES[batch.modality], views,
+                    batch.images[:], name := MODALITIES[batch.modality], views,
                     torch_generator(recipe.seed, site, "anchor", state.step, name),
                 ).global_VBCHW[0]
                 for batch in batches(state.step)

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from core.augment import make_views
 from core.backbone import Network
+from core.batch import Batch
 from core.config import Recipe, load_recipe
 from core.initial import initial_state
 from core.losses import random_blocks
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
 from core.randomness import torch_generator
-from core.site_round import SiteData
+from core.site_data import SiteData
 from core.sites import open_sites
-from core.train import Batch, TrainState, load_network, new_state, train
+from core.step import TrainState
+from core.train import load_network, new_state, train
 from core.wire import GlobalState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,8 +139,8 @@ def loss_curves(recipe: Recipe, batches: Batches, steps: int) -> tuple[list[floa
         columns, labels, own = [], [], []
         for batch in batches(step):
             name = MODALITIES[batch.modality]
-            draws = torch_generator(recipe.seed, SITE, "step", step, name)  # as core.train draws
-            views = make_views(batch.images, name, recipe.views, draws)
+            draws = torch_generator(recipe.seed, SITE, "step", step, name)  # as core.step draws
+            views = make_views(batch.images[:], name, recipe.views, draws)
             columns.append([*views.global_VBCHW, *views.local_VBCHW])
             labels += [batch.modality] * len(batch.images)
             memory = recipe.memory
@@ -170,7 +172,7 @@ class Step:
         result = []
         for batch in self.batches(self.done):
             rows = []
-            for image in batch.images.permute(0, 2, 3, 1).numpy():
+            for image in batch.images[:].permute(0, 2, 3, 1).numpy():
                 file = io.BytesIO()
                 Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG")
                 rows.append(file.getvalue())

@@ -13,10 +13,12 @@ from step_cases import ROOT, SITE
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.backbone import use_plain_attention
+from core.batch import Batch
 from core.config import Recipe, load_recipe
 from core.modalities import MODALITIES
+from core.step import TrainState
 from core.step_memory import step_memory
-from core.train import Batch, TrainState, new_state, train
+from core.train import new_state, train
 
 RECIPES = {"vit_small_patch16_224": "vits16", "vit_base_patch16_224": "vitb16"}
 VARIANTS = ("fused attention", "plain attention", "fused attention, compiled")

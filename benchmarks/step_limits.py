@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import Recipe
+from core.device import uses_bf16
 from core.step_memory import step_memory
-from core.train import uses_bf16
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::linear"),

@@ -38,12 +38,12 @@ from step_tables import tables
 
 from core.augment import Views, make_views
 from core.checkpoint import read_json, write_json
+from core.device import uses_bf16
 from core.losses import consistency_loss, random_blocks
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
 from core.randomness import torch_generator
-from core.site_round import SiteData
-from core.train import uses_bf16
+from core.site_data import SiteData
 
 RESULTS = Path(__file__).with_suffix(".json")
 AGREEMENT_STEPS = 2
@@ -74,7 +74,9 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> list[float]:
 
 def views_of_step(step: Step) -> list[Views]:
     return [
-        make_views(b.images, MODALITIES[b.modality], step.recipe.views, torch_generator(b.modality))
+        make_views(
+            b.images[:], MODALITIES[b.modality], step.recipe.views, torch_generator(b.modality)
+        )
         for b in step.batches(step.done)
     ]
 

@@ -18,11 +18,24 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class Among:
+    """A batch of which some images alone are at hand: KoLeo compares them with all of it."""
+
+    embeddings: Tensor
+    """The student's of the global views, unit [2, B, D], no gradient."""
+    rows: slice
+    """Which of the batch's images are at hand, from a first to before a last."""
+
+
+@dataclass(frozen=True)
 class Objective:
-    """The losses of the views of one batch, or of batches of M modalities: then a first axis M."""
+    """The losses of the views of one batch, or of some of its images.
+
+    Or of batches of M modalities, of the same places in each: then with a first axis M.
+    """
 
     teacher: Tensor
-    """Unit embeddings of the global views [U, B, D], no gradient."""
+    """Unit embeddings of the global views [U, b, D], no gradient."""
     memory: Tensor
     """Unit entries of the batch's modality [K, D]."""
     mean: Tensor | None
@@ -35,16 +48,17 @@ class Objective:
     teacher_temperature: float
     koleo_weight: float
 
-    def of_views(self, student: Tensor, first_view: int) -> Losses:
-        """The part of the step's loss that some views have.
+    def of_views(self, student: Tensor, first_view: int, among: Among | None = None) -> Losses:
+        """The part of the step's loss that some views of the objective's images have.
 
         Args:
-            student: their unit embeddings [V', B, D]; the global views are asked for together.
+            student: their unit embeddings [V', b, D]; the global views are asked for together.
             first_view: place of the first of them among all views, the global ones leading.
+            among: the batch, where the images are some of it; none: they are the batch.
 
         Returns:
-            Loss and figures, scalars (or [M]): each adds up, over parts that hold every view once,
-            to that of all views.
+            Loss and figures, scalars (or [M]). Each, and the gradient with respect to `student`,
+            adds up over parts that hold every view of every image once to that of the batch.
         """
         teacher, memory = self.teacher, self.memory
         if self.mean is not None:
@@ -55,33 +69,59 @@ class Objective:
             student, teacher, memory, self.blocks,
             self.student_temperature, self.teacher_temperature, first_view=first_view,
         )  # fmt: skip
-        targets, (views, batch) = teacher.shape[-3], student.shape[-3:-1]
+        targets, (views, images) = teacher.shape[-3], student.shape[-3:-1]
+        of_batch = images / (images if among is None else among.embeddings.shape[-2])
         pairs = views * targets - own_pairs(first_view, views, targets)
-        consistency = pairs / (targets * (self.num_views - 1)) * consistency
+        consistency = of_batch * pairs / (targets * (self.num_views - 1)) * consistency
         figures = {"loss": consistency.detach()}
         if first_view > 0:
             return consistency, figures
+        batch = student[..., :2, :, :]
+        if among is not None:
+            others = among.embeddings
+            if self.mean is not None:
+                others = centre(others, self.mean[..., None, None, :])
+            before, after = others[..., : among.rows.start, :], others[..., among.rows.stop :, :]
+            batch = torch.cat([before, batch, after], dim=-2)  # [2, B, D]
         koleo = torch.zeros_like(consistency)
-        if batch > 1:
-            koleo = koleo_loss(student[..., :2, :, :]).mean(-1)
-        figures |= {"koleo": koleo.detach(), "teacher_entropy": entropy}
-        return consistency + self.koleo_weight * koleo, figures
+        if batch.shape[-2] > 1:
+            koleo = koleo_loss(batch).mean(-1)
+        figures |= {"koleo": of_batch * koleo.detach(), "teacher_entropy": of_batch * entropy}
+        # The value is the images' share; the gradient, theirs alone already, is that of the whole.
+        return consistency + self.koleo_weight * (
+            koleo - koleo.detach() + figures["koleo"]
+        ), figures
 
 
 def losses_of(
-    objectives: Sequence[Objective], students: Sequence[Tensor], first_view: int
+    objectives: Sequence[Objective],
+    students: Sequence[Tensor],
+    first_view: int,
+    among: Sequence[Among | None],
 ) -> list[Losses]:
-    """What `of_views` gives each modality's batch; those of one shape are computed together."""
-    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    """What `of_views` gives each modality's images; those of one shape are computed together."""
+    alike: dict[tuple[object, ...], list[int]] = {}
     for place, (objective, student) in enumerate(zip(objectives, students, strict=True)):
-        alike.setdefault((student.shape, objective.memory.shape), []).append(place)
+        shape = (student.shape, objective.memory.shape, _place_in(among[place]))
+        alike.setdefault(shape, []).append(place)
     losses: dict[int, Losses] = {}
     for places in alike.values():
         joined = _join([objectives[place] for place in places])
-        loss, figures = joined.of_views(torch.stack([students[p] for p in places]), first_view)
+        batches = [batch for place in places if (batch := among[place]) is not None]
+        loss, figures = joined.of_views(
+            torch.stack([students[place] for place in places]),
+            first_view,
+            Among(torch.stack([b.embeddings for b in batches]), batches[0].rows)
+            if batches
+            else None,
+        )
         for row, place in enumerate(places):
             losses[place] = loss[row], {name: value[row] for name, value in figures.items()}
     return [losses[place] for place in range(len(objectives))]
+
+
+def _place_in(among: Among | None) -> tuple[int, ...]:
+    return () if among is None else (among.embeddings.shape[1], among.rows.start, among.rows.stop)
 
 
 def _join(objectives: Sequence[Objective]) -> Objective:

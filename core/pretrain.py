@@ -18,12 +18,12 @@ from core.augment import denormalise, make_views
 from core.backbone import Network, initialise, use_plain_attention
 from core.config import Recipe
 from core.description import USUAL_PICTURES, Description
+from core.device import uses_bf16
 from core.modalities import MODALITIES
 from core.optimizer import clip_each
 from core.phantoms import make_phantoms
 from core.randomness import torch_generator
 from core.sampling import batch_share, draw
-from core.train import uses_bf16
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from core.privacy.unit import Comparison, one_by_one, together, unit_loss
 from core.privacy.views import patient_views, stacks
 from core.schedules import ema_momentum
 from core.shards import Shard
+from core.step import TrainState
 from core.train import (
     OnStep,
-    TrainState,
     follow,
     load_network,
     load_private,

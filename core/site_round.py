@@ -10,7 +10,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from core.checkpoint import Arrays
@@ -22,13 +21,14 @@ from core.evaluate import auroc, extract, knn_scores, labelled_tasks
 from core.modalities import MODALITIES
 from core.prototypes import site_prototypes
 from core.randomness import numpy_generator
-from core.sampling import batch_share, draw
+from core.ranks import ALONE, Ranks
+from core.sampling import draw
 from core.shards import Shard
+from core.site_data import SiteData
 from core.sites import training_images
+from core.step import TrainState
 from core.train import (
-    Batch,
     OnStep,
-    TrainState,
     embed_global,
     load_network,
     load_private,
@@ -51,6 +51,7 @@ def site_round(
     first_step: int,
     device: str,
     on_step: OnStep | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[SiteUpdate, Arrays]:
     """Train one round from the received global state.
 
@@ -63,24 +64,18 @@ def site_round(
         first_step: global step at which the round starts.
         device: a torch device name, from `resolve_device`.
         on_step: progress.
+        ranks: those that share the round's steps; this is the first. The others call `help_round`
+            with the same arguments.
 
     Returns:
         The update, and the arrays to keep on the site's disk: optimiser moments and, if the recipe
         keeps it, the memory bank. These hold patient embeddings and never leave.
-    """
-    target = torch.device(device)
-    data = SiteData(shards)
-    state = new_state(recipe, target, site)
-    load_network(state.student, received.student)
-    load_network(state.teacher, received.teacher)
-    load_private(state, private)
-    state.step = first_step
-    for modality in data.pools:
-        if (rows := received.prototypes.centroids.get(MODALITIES[modality])) is not None:
-            state.extra_slots[modality] = torch.from_numpy(rows).to(target)
 
-    if recipe.loss.description_weight:
-        state.usual = usual_of(recipe, state, data, site)
+    Raises:
+        RankLost: another rank is gone.
+    """
+    data = SiteData(shards)
+    state = _started(recipe, received, data, private, site, first_step, device)
     started = time.monotonic()
     metrics: dict[str, float] = {}
     every, rounds_done = recipe.evaluation.every_rounds, first_step // recipe.federation.local_steps
@@ -88,16 +83,7 @@ def site_round(
         metrics = knn_auroc(recipe, state.teacher.backbone, shards)
         state.teacher.train()
     trained_from = time.monotonic()
-    if recipe.memory.at_round_start == "refilled":
-        _refill(recipe, state, data, site)
-    metrics |= train(
-        state,
-        lambda step: data.batches(recipe, site, step),
-        recipe,
-        recipe.federation.local_steps,
-        site=site,
-        on_step=on_step,
-    )
+    metrics |= _train(recipe, state, data, site, on_step, ranks)
     metrics["seconds_evaluate"] = trained_from - started
     metrics["seconds_train"] = time.monotonic() - trained_from
 
@@ -131,45 +117,69 @@ def site_round(
     return update, private_arrays(state, keep_memory=recipe.memory.at_round_start == "kept")
 
 
-class SiteData:
-    """The training images of a site, by modality."""
+def help_round(
+    recipe: Recipe,
+    received: GlobalState,
+    shards: Sequence[Shard],
+    private: Arrays,
+    *,
+    site: str,
+    first_step: int,
+    device: str,
+    ranks: Ranks,
+) -> None:
+    """Train a round's share of a rank that is not the first; what comes of it, the first has too.
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = shards
-        offsets = np.cumsum([0, *(len(shard.images) for shard in shards)])
-        self.first = offsets[:-1]
-        patients = np.cumsum([0, *(int(shard.patient.max()) + 1 for shard in shards)])
-        self.patient = np.concatenate(
-            [s.patient + p for s, p in zip(shards, patients, strict=False)]
-        )
-        modality = np.concatenate([shard.modality for shard in shards])
-        training = np.concatenate([shard.split for shard in shards]) == "train"
-        self.pools: dict[int, NDArray[np.int64]] = {
-            int(m): np.flatnonzero(training & (modality == m))
-            for m in np.unique(modality[training])
-        }
+    Args and errors are those of `site_round`.
+    """
+    data = SiteData(shards)
+    state = _started(recipe, received, data, private, site, first_step, device)
+    _train(recipe, state, data, site, None, ranks)
 
-    def batches(self, recipe: Recipe, site: str, step: int) -> list[Batch]:
-        """One batch a modality for a global step, together `batch_size` images."""
-        result = []
-        for index, (modality, pool) in enumerate(self.pools.items()):
-            start, count = batch_share(len(self.pools), index, recipe.optim.batch_size, step)
-            if count:
-                key = (recipe.seed, site, "images", MODALITIES[modality])
-                result.append(self.batch(modality, draw(pool, start, count, *key)))
-        return result
 
-    def batch(self, modality: int, indices: NDArray[np.int64]) -> Batch:
-        """Read images by their number over all shards."""
-        images = [self._read(int(index)) for index in indices]
-        channels = max(image.shape[2] for image in images)
-        stacked = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
-        tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-        return Batch(modality, tensor, torch.from_numpy(self.patient[indices]))
+def _started(
+    recipe: Recipe,
+    received: GlobalState,
+    data: SiteData,
+    private: Arrays,
+    site: str,
+    first_step: int,
+    device: str,
+) -> TrainState:
+    """The site's state at the start of a round."""
+    target = torch.device(device)
+    state = new_state(recipe, target, site)
+    load_network(state.student, received.student)
+    load_network(state.teacher, received.teacher)
+    load_private(state, private)
+    state.step = first_step
+    for modality in data.pools:
+        if (rows := received.prototypes.centroids.get(MODALITIES[modality])) is not None:
+            state.extra_slots[modality] = torch.from_numpy(rows).to(target)
+    if recipe.loss.description_weight:
+        state.usual = usual_of(recipe, state, data, site)
+    return state
 
-    def _read(self, index: int) -> NDArray[np.uint8]:
-        shard = int(np.searchsorted(self.first, index, side="right")) - 1
-        return np.asarray(self.shards[shard].images[index - self.first[shard]])
+
+def _train(
+    recipe: Recipe,
+    state: TrainState,
+    data: SiteData,
+    site: str,
+    on_step: OnStep | None,
+    ranks: Ranks,
+) -> dict[str, float]:
+    if recipe.memory.at_round_start == "refilled":
+        _refill(recipe, state, data, site)
+    return train(
+        state,
+        lambda step: data.batches(recipe, site, step),
+        recipe,
+        recipe.federation.local_steps,
+        site=site,
+        on_step=on_step,
+        ranks=ranks,
+    )
 
 
 def resolve_device(name: str) -> str:
@@ -191,6 +201,32 @@ def resolve_device(name: str) -> str:
             "GPU(s) here; install a driver and a CUDA build of torch, or give 'auto' or 'cpu'"
         )
     return name
+
+
+def resolve_devices(name: str, count: int) -> list[str]:
+    """The devices that share a site's training.
+
+    Args:
+        name: as for `resolve_device`.
+        count: how many; 0: all GPUs that torch sees, or one process on the CPU.
+
+    Returns:
+        torch device names; of several GPUs those with the lowest numbers.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
+    first = resolve_device(name)
+    if first == "cpu":
+        return [first] * max(count, 1)
+    found = 1 if ":" in first else torch.cuda.device_count()
+    if count > found:
+        raise UserError(
+            f"devices = {count} of '{name}' were asked for, but that is {found} GPU(s) here; lower "
+            "'devices' in the site file, or leave it out to use all"
+        )
+    wanted = count or found
+    return [first] if wanted == 1 else [f"cuda:{number}" for number in range(wanted)]
 
 
 def knn_auroc(recipe: Recipe, backbone: nn.Module, shards: Sequence[Shard]) -> dict[str, float]:
@@ -220,7 +256,7 @@ def usual_of(recipe: Recipe, state: TrainState, data: SiteData, site: str) -> di
     for modality, pool in data.pools.items():
         key = (recipe.seed, site, "usual", MODALITIES[modality])
         chosen = draw(pool, 0, USUAL_PICTURES, *key)
-        pictures = data.batch(modality, chosen).images.to(state.device)
+        pictures = data.batch(modality, chosen).images[:].to(state.device)
         result[modality] = description.usual(pictures, recipe.views.global_px)
     return result
 

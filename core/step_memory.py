@@ -1,7 +1,7 @@
 """What a training step takes of memory, told from the recipe alone.
 
 Counted are weights, moments and gradients, the memory bank, the views, and what autograd keeps of
-the larger of the two passes (`core.train` goes backward through one resolution before the next).
+the larger of the two passes (`core.step` goes backward through one resolution before the next).
 The formula is for timm's plain vision transformer; `benchmarks/training_step.py` and the tests hold
 it against measured bytes.
 """

@@ -24,9 +24,11 @@ from core.config import Recipe, recipe_from_json
 from core.errors import UserError
 from core.evaluate import extract, labelled_tasks
 from core.shards import Shard
-from core.site_round import SiteData, resolve_device, usual_of
+from core.site_data import SiteData
+from core.site_round import resolve_device, usual_of
 from core.sites import open_site
-from core.train import TrainState, embed_global, network_arrays, new_state, private_arrays, train
+from core.step import TrainState
+from core.train import embed_global, network_arrays, new_state, private_arrays, train
 
 Write = Callable[[Measured], None]
 

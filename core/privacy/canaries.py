@@ -26,7 +26,7 @@ from core.privacy.unit import Comparison, PublicMemory
 from core.private_round import add_patients
 from core.randomness import torch_generator
 from core.shards import Shard
-from core.train import TrainState
+from core.step import TrainState
 
 TENSORS: Final = 4
 """Over which a canary's gradient is spread: a clip of each tensor alone would let through twice as

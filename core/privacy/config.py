@@ -107,6 +107,15 @@ def _record(recipe: "Recipe") -> list[tuple[bool, str]]:
             "needs model.drop_path = 0: dropped paths under per-patient gradients are not tested",
         ),
         (
+            recipe.model.checkpointing,
+            "needs model.checkpointing = false: blocks computed anew under per-patient gradients "
+            "are not tested; privacy.chunk bounds the memory of a step",
+        ),
+        (
+            recipe.optim.accumulate > 1,
+            "needs optim.accumulate = 1: a step takes patients, privacy.chunk at a time",
+        ),
+        (
             recipe.optim.precision == "bf16",
             "needs optim.precision = 'fp32' or 'auto', which is fp32 here: how bf16 rounds a "
             "patient's values may hang on who else is computed with it",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from core.batch import Batch
 from core.config import Recipe
 from core.losses import centre, random_blocks
 from core.modalities import MODALITIES
@@ -12,7 +13,8 @@ from core.phantoms import make_phantoms
 from core.privacy.unit import Comparison, PublicMemory
 from core.randomness import torch_generator
 from core.schedules import teacher_temperature
-from core.train import Batch, TrainState, embed_global
+from core.step import TrainState
+from core.train import embed_global
 from core.wire import Prototypes
 
 

@@ -16,7 +16,7 @@ from core.privacy.sampling import Patients, draw_patients
 from core.privacy.views import patient_views, stacks
 from core.prototypes import spherical_kmeans
 from core.randomness import numpy_generator
-from core.train import TrainState
+from core.step import TrainState
 from core.wire import Prototypes
 
 Float32 = NDArray[np.float32]

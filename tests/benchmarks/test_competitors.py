@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from core.errors import UserError
-from core.site_round import SiteData
+from core.site_data import SiteData
 from core.wire import Prototypes, SiteUpdate
 
 

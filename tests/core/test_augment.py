@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from core.augment import denormalise, make_views, normalise
+from core.augment import denormalise, draws_per_image, make_views, normalise
 from core.config import ViewsConfig
 from core.modalities import MEAN_STD
 
@@ -102,3 +102,20 @@ def test_denormalised_pixels_are_the_pixels_that_were_normalised() -> None:
     pixels = images().float() / 255
     restored = denormalise(normalise(pixels, "cfp"), "cfp")
     assert torch.allclose(restored, pixels.expand_as(restored), atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 5), slice(0, 5)])
+def test_global_views_of_some_images_alone_are_those_of_all_views_of_the_batch(
+    channels: int, rows: slice
+) -> None:
+    """From the first columns of their rows of draws: so the first pass of a part sees them."""
+    config = ViewsConfig(global_px=16, local_px=8, local_views=3, blur_sigma=(1.0, 10.0))
+    draws = torch.rand(5, draws_per_image(config), generator=torch.Generator().manual_seed(3))
+    whole = make_views(images(channels), "us", config, draws)
+    part = make_views(images(channels)[rows], "us", config, draws[rows])
+    assert torch.allclose(part.global_VBCHW, whole.global_VBCHW[:, rows], atol=1e-5)
+    assert torch.allclose(part.local_VBCHW, whole.local_VBCHW[:, rows], atol=1e-5)
+    only = config.model_copy(update={"local_views": 0})
+    look = make_views(images(channels)[rows], "us", only, draws[rows, : draws_per_image(only)])
+    assert torch.equal(look.global_VBCHW, part.global_VBCHW)

@@ -31,6 +31,7 @@ def test_every_recipe_loads_and_survives_the_wire(path: Path) -> None:
         ("[images]\nct_window = [40.0, -400.0]", r"'images.ct_window.1': .*found -400.0"),
         ("[images]\nct_window = [nan, 400.0]", r"'images.ct_window.0'"),
         ("[images]\nct_window = [40.0]", r"'images.ct_window.1': field required"),
+        ("[optim]\nbatch_size = 4\naccumulate = 5", "5 parts of 4 images leave some empty"),
         ("[memory]\nblocks = 1000", "a block needs at least 8 entries"),
         ("[optim]\nclip_norm = 1e-10", r"'optim.clip_norm': .*greater than or equal to 0.001"),
         ('[federation]\nteacher = "freeze"', "'average' or 'rebuild'"),

@@ -11,7 +11,8 @@ from core.description import GRID_CELLS, PATCH_CELLS, Description
 from core.export import export_teacher
 from core.initial import initial_state
 from core.phantoms import make_phantoms
-from core.site_round import SiteData, site_round, usual_of
+from core.site_data import SiteData
+from core.site_round import site_round, usual_of
 from core.train import new_state
 from core.wire import GlobalState
 

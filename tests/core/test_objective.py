@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from core.losses import random_blocks
-from core.objective import Objective, losses_of
+from core.objective import Among, Objective, losses_of
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -42,6 +44,42 @@ def test_losses_and_gradients_of_the_resolutions_add_up_to_those_of_all_views(
     assert set(figures) == {"loss", "koleo", "teacher_entropy"}
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_losses_and_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch(
+    centred: bool,
+) -> None:
+    compare = objective(5, 6, centred=centred)
+    whole = unit(5, 6, 8, seed=0).requires_grad_()
+    everyone = whole[:2].detach()
+    loss, figures = compare.of_views(whole, 0)
+    loss.backward()
+    parts = unit(5, 6, 8, seed=0).requires_grad_()
+    total, sums = 0.0, dict.fromkeys(figures, 0.0)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        some = replace(compare, teacher=compare.teacher[:, rows])
+        part, part_figures = some.of_views(parts[:, rows], 0, Among(everyone, rows))
+        part.backward()
+        total += float(part.detach())
+        for name, value in part_figures.items():
+            sums[name] += float(value)
+    assert total == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert sums == pytest.approx({name: float(value) for name, value in figures.items()}, rel=1e-5)
+    assert torch.allclose(parts.grad, whole.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_as_some_images_of_itself_has_the_same_bits() -> None:
+    losses, gradients = [], []
+    for some in (False, True):
+        student = unit(5, 4, 8, seed=0).requires_grad_()
+        among = Among(student[:2].detach(), slice(0, 4)) if some else None
+        loss, _ = objective(5, 4, centred=True).of_views(student, 0, among)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(student.grad)
+    assert torch.equal(*losses)
+    assert torch.equal(*gradients)
+
+
 def test_a_single_image_has_no_neighbour_and_no_koleo() -> None:
     _, figures = objective(2, 1, centred=False).of_views(unit(2, 1, 8, seed=0), 0)
     assert float(figures["koleo"]) == 0
@@ -55,19 +93,26 @@ def test_a_single_image_has_no_neighbour_and_no_koleo() -> None:
 def test_modalities_together_have_the_losses_and_gradients_of_each_alone(
     centred: bool, cuts: int, first_view: int
 ) -> None:
-    """Batches and memories of several sizes, in no order."""
-    shapes = [(4, 20), (3, 20), (4, 20), (4, 23), (4, 20), (1, 20)]
+    """Batches and memories of several sizes, in no order; some at hand in part."""
+    shapes = [(4, 20), (3, 20), (4, 20), (4, 23), (4, 20), (1, 20), (4, 20), (4, 20), (4, 20)]
+    starts = [None, None, None, None, 2, 0, 2, 0, 2]  # of the images at hand, in batches of 7
+    among = [
+        None if start is None else Among(unit(2, 7, 8, seed=70 + p), slice(start, start + batch))
+        for p, (start, (batch, _)) in enumerate(zip(starts, shapes, strict=True))
+    ]
     objectives = [
         objective(5, batch, centred=centred, seed=10 * place, entries=entries, cuts=cuts)
         for place, (batch, entries) in enumerate(shapes)
     ]
 
     def students() -> list[torch.Tensor]:
-        return [unit(2, b, 8, seed=90 + b).requires_grad_() for b, _ in shapes]
+        return [unit(2, b, 8, seed=90 + p).requires_grad_() for p, (b, _) in enumerate(shapes)]
 
     alone, together = students(), students()
-    expected = [o.of_views(s, first_view) for o, s in zip(objectives, alone, strict=True)]
-    found = losses_of(objectives, together, first_view)
+    expected = [
+        o.of_views(s, first_view, a) for o, s, a in zip(objectives, alone, among, strict=True)
+    ]
+    found = losses_of(objectives, together, first_view, among)
     torch.stack([loss for loss, _ in expected]).sum().backward()
     torch.stack([loss for loss, _ in found]).sum().backward()
     for (loss, figures), (other, others) in zip(found, expected, strict=True):

@@ -6,8 +6,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from core.batch import Batch
 from core.config import Recipe
-from core.train import Batch
 
 TINY = {
     "model": {

@@ -12,7 +12,8 @@ from core.export import export_teacher
 from core.initial import initial_state
 from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
-from core.site_round import SiteData, resolve_device, site_round
+from core.site_data import SiteData
+from core.site_round import resolve_device, site_round
 from core.wire import GlobalState, metric_is_declared
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -79,7 +80,7 @@ def test_grey_and_colour_shards_of_one_modality_share_a_batch() -> None:
     grey, colour = shards("us")[0], shards("dermatology")[0]
     data = SiteData([grey, colour])
     batches = data.batches(recipe(), "st-mary", 0)
-    assert [tuple(b.images.shape[1:]) for b in batches] == [(1, 16, 16), (3, 16, 16)]
+    assert [tuple(b.images[:].shape[1:]) for b in batches] == [(1, 16, 16), (3, 16, 16)]
     assert len({*batches[0].patients.tolist()} & {*batches[1].patients.tolist()}) == 0
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from core.backbone import initialise
+from core.batch import Batch
 from core.collapse import alarm, mean_cosine, rankme, spread
 from core.config import Recipe
 from core.train import (
-    Batch,
     load_network,
     load_private,
     network_arrays,

@@ -38,6 +38,8 @@ def test_proven_recipes_are_read():
         ("evaluation", {"every_rounds": 1}, "figures on a site's own labels leave without"),
         ("memory", {"at_round_start": "refilled"}, "refilling embeds patients"),
         ("model", {"drop_path": 0.1}, "dropped paths"),
+        ("model", {"checkpointing": True}, "blocks computed anew"),
+        ("optim", {"accumulate": 2}, "a step takes patients, privacy.chunk at a time"),
         ("optim", {"precision": "bf16"}, "how bf16 rounds a patient's values may hang on"),
         ("federation", {"transport": "delta8"}, "before privacy was switched on had no noise"),
         ("privacy", {"prototype_releases": 9}, "more prototype_releases than rounds"),

@@ -17,7 +17,8 @@ from core.privacy.prototypes import unit_statistics
 from core.privacy.release import embed_patients, released_prototypes, starting_rows
 from core.privacy.sampling import Patients
 from core.shards import Shard
-from core.train import TrainState, load_network, new_state
+from core.step import TrainState
+from core.train import load_network, new_state
 from core.wire import Prototypes
 
 NOTHING = Prototypes({}, {})
