@@ -86,7 +86,8 @@ def respond(message: Message, context: Context, bundle: str = "") -> Message:
         code = NOT_NOW if isinstance(refusal, NotNow) else CLIENT_APP_ERROR
         return Message(Error(code, str(refusal)), reply_to=message)
     except Exception as error:
-        LOG.exception("%s failed", kind)
+        # A UserError is a line that says what to do; of anything else we want to know where it was.
+        LOG.error("%s failed: %s", kind, error, exc_info=not isinstance(error, UserError))
         # The text may name paths or values of this site: only its kind leaves.
         reason = f"the site could not do this ({type(error).__name__}); its log says why"
         return Message(Error(CLIENT_APP_ERROR, reason), reply_to=message)

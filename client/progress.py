@@ -31,7 +31,7 @@ class Progress:
     loss: float | None
     images_per_second: float | None
     gpu_bytes: int | None
-    """The most memory that torch took on the GPU in this process; None on a CPU."""
+    """The most memory that torch took on the (first) GPU; None on a CPU."""
     began: float
     written: float
 
@@ -44,21 +44,17 @@ class ProgressFile:
         round_number: The round.
         steps: Of the round.
         batch_size: Images a step.
-        device: torch's name of the device.
     """
 
-    def __init__(
-        self, directory: Path, round_number: int, steps: int, batch_size: int, device: str
-    ) -> None:
+    def __init__(self, directory: Path, round_number: int, steps: int, batch_size: int) -> None:
         self._file = directory / FILE
         self._round, self._steps, self._batch = round_number, steps, batch_size
-        self._on_gpu = device.startswith("cuda")
         self._began = time.time()
         self._first: tuple[int, float] | None = None
         self._written = -math.inf
         self.step(0, None)
 
-    def step(self, done: int, loss: float | None) -> None:
+    def step(self, done: int, loss: float | None, gpu_bytes: int | None = None) -> None:
         """So many steps are done."""
         now = time.monotonic()
         self._first = self._first or ((done, now) if done else None)
@@ -70,20 +66,13 @@ class ProgressFile:
             speed = (done - self._first[0]) * self._batch / max(now - self._first[1], 1e-9)
         facts = {
             "round": self._round, "step": done, "steps": self._steps, "loss": loss,
-            "images_per_second": speed, "gpu_bytes": self._gpu_bytes(), "began": self._began,
+            "images_per_second": speed, "gpu_bytes": gpu_bytes, "began": self._began,
             "written": time.time(),
         }  # fmt: skip
         try:
             write_atomically(self._file, json.dumps(facts).encode() + b"\n", sync=False)
         except OSError as error:  # no reason for a round to fail
             LOG.warning("'%s' cannot be written: %s", self._file, error)
-
-    def _gpu_bytes(self) -> int | None:
-        if not self._on_gpu:
-            return None
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
 
 
 def end_progress(directory: Path) -> None:

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from client.egress import cut
 from client.policy import Refusal, approve
 from client.progress import ProgressFile, end_progress
+from client.ranks import OnReport, train_on_ranks
 from client.site import SiteConfig
 from client.spending import Spending
 from client.state import SiteState, StoredReply, open_state
@@ -122,28 +123,51 @@ def _train(
     import torch
 
     from core.private_round import private_round
-    from core.site_round import resolve_device, site_round
+    from core.site_round import resolve_devices, site_round
 
     if site.threads:
         torch.set_num_threads(site.threads)
-    device = resolve_device(site.device)
+    devices = _shared(recipe, site.name, resolve_devices(site.device, site.devices))
     number = request.round_number
     progress = ProgressFile(
-        state.directory, number, recipe.federation.local_steps, recipe.optim.batch_size, device
+        state.directory, number, recipe.federation.local_steps, recipe.optim.batch_size
     )
     received = GlobalState.from_arrays(request.unpacked())
     private = recipe.privacy.mode == "record"
-    on_step = _progress(site.name, number, progress, private=private)
+    on_report = _progress(site.name, number, progress, private=private)
+    if len(devices) > 1:
+        return train_on_ranks(
+            recipe, received, state, site=site, first_step=request.step, devices=devices,
+            on_report=on_report,
+        )  # fmt: skip
+
+    def on_step(done: int, steps: int, loss: float) -> None:
+        on_gpu = devices[0].startswith("cuda")
+        on_report(done, steps, loss, torch.cuda.max_memory_allocated() if on_gpu else None)
+
     if private:
         return private_round(
             recipe, received, shards, state.private(), site=site.name,
-            declared=site.policy.declared_images, first_step=request.step, device=device,
+            declared=site.policy.declared_images, first_step=request.step, device=devices[0],
             on_step=on_step,
         )  # fmt: skip
     return site_round(
         recipe, received, shards, state.private(), site=site.name, first_step=request.step,
-        device=device, on_step=on_step,
+        device=devices[0], on_step=on_step,
     )  # fmt: skip
+
+
+def _shared(recipe: Recipe, site: str, devices: Sequence[str]) -> Sequence[str]:
+    """The devices that a round can use."""
+    if recipe.privacy.mode == "record":
+        # Which patients are in a step, and the noise, are drawn once, by one process.
+        most, why = 1, "record privacy trains on one"
+    else:
+        most = recipe.optim.batch_size // recipe.optim.accumulate
+        why = f"parts of {recipe.optim.batch_size} images would be empty on more"
+    if len(devices) > most:
+        LOG.info("site %s: %d of %d devices train: %s", site, most, len(devices), why)
+    return devices[:most]
 
 
 def _check(request: Request) -> None:
@@ -160,16 +184,14 @@ def _check(request: Request) -> None:
         raise Refusal("the message holds an array that is not on the list of what is sent down")
 
 
-def _progress(
-    site: str, round_number: int, file: ProgressFile, *, private: bool
-) -> Callable[[int, int, float], None]:
-    def on_step(done: int, steps: int, loss: float) -> None:
+def _progress(site: str, round_number: int, file: ProgressFile, *, private: bool) -> OnReport:
+    def on_report(done: int, steps: int, loss: float, gpu_bytes: int | None) -> None:
         # Poisson sampling may draw no patient; without record privacy, NaN is a broken model.
         words = "no patient drawn" if math.isnan(loss) and private else f"loss {loss:.3f}"
         LOG.info(
             "site %s, round %d: step %d of %d, %s", site, round_number, done, steps, words,
             extra={"step": (site, round_number, done, loss)},
         )  # fmt: skip
-        file.step(done, loss)
+        file.step(done, loss, gpu_bytes)
 
-    return on_step
+    return on_report

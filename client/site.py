@@ -4,9 +4,9 @@ Written by the hospital and read on its machine only; nothing in it comes from t
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from client.policy import Policy
 from core.address import Address
@@ -40,10 +40,22 @@ class SiteConfig(Strict):
     state_dir: Annotated[str, Field(min_length=1)] = "state"
     """Where the site keeps its training state and its audit file, relative to this file."""
     device: Annotated[str, Field(pattern=DEVICE)] = "auto"
+    devices: Annotated[int, Field(ge=0)] = 0
+    """How many share the training of a round, a process each; 0: all GPUs that torch sees, or one
+    process on the CPU."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of torch; 0 leaves it to torch. Equal bits need equal numbers."""
+    """CPU threads of torch in a process; 0 leaves it to torch. Equal bits need equal numbers."""
     policy: Policy = Policy()
     coordinator: Coordinator = Coordinator()
+
+    @model_validator(mode="after")
+    def _one_gpu_is_one(self) -> Self:
+        if ":" in self.device and self.devices > 1:
+            raise ValueError(
+                f"device = '{self.device}' is one GPU, devices = {self.devices} are more: write "
+                "device = 'cuda', or leave out 'devices'"
+            )
+        return self
 
     @property
     def shard_paths(self) -> list[Path]:

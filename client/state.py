@@ -4,6 +4,7 @@ STATE/<study>/round-0007/   private.safetensors (optimiser moments, memory bank,
                             from what was sent), reply.safetensors and reply.json (the exact reply,
                             and the digest of what it answers)
 STATE/<study>/progress.json while a round trains, see client.progress
+STATE/<study>/.ranks-*      while a round trains on several devices, see client.ranks
 A round's directory appears by one rename, complete; the one before goes after that. Private arrays
 hold patient embeddings and never leave the site.
 
@@ -101,8 +102,13 @@ class SiteState:
 
     def private(self) -> Arrays:
         """Private arrays of the last round trained; none before the first."""
+        file = self.private_file()
+        return load_arrays(file)[0] if file else {}
+
+    def private_file(self) -> Path | None:
+        """Where they are."""
         last = self.last_round()
-        return load_arrays(self._round(last) / "private.safetensors")[0] if last else {}
+        return self._round(last) / "private.safetensors" if last else None
 
     def commit(
         self,

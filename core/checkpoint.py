@@ -96,14 +96,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"'{path}' cannot be read as JSON: {error}") from None
 
 
-def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> str:
+def save_arrays(
+    path: Path, arrays: Arrays, metadata: dict[str, str] | None = None, *, sync: bool = True
+) -> str:
     """Write named arrays as safetensors, atomically; returns the sha256 of the file in hex.
 
     Arrays are stored in sorted order, so equal contents give equal files. They are written one by
-    one: the library's own writer copies all of them, twice, and orders metadata at random.
+    one: the library's own writer copies all of them, twice, and orders metadata at random. For
+    `sync` see `write_atomically`.
     """
     digest = hashlib.sha256()
-    with _replaced(path) as file:
+    with _replaced(path, sync=sync) as file:
         for data in _file_parts(arrays, metadata):
             file.write(data)
             digest.update(data)

@@ -1,9 +1,10 @@
 """What a training step takes of memory, told from the recipe alone.
 
 Counted are weights, moments and gradients, the memory bank, the views, and what autograd keeps of
-the larger of the two passes (`core.step` goes backward through one resolution before the next).
-The formula is for timm's plain vision transformer; `benchmarks/training_step.py` and the tests hold
-it against measured bytes.
+the larger of the two passes of a part (`core.step` goes backward through one resolution before the
+next, and through one part of a batch before the next). With checkpointing it errs by up to a
+quarter, to the safe side. The formula is for timm's plain vision transformer;
+`benchmarks/step_peak.py`, `benchmarks/training_step.py` and the tests hold it against bytes.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 
 from core.backbone import Network
 from core.config import Recipe
+from core.describe import FIGURES
+from core.description import PATCH_CELLS
 from core.modalities import MODALITIES
 
 
@@ -34,22 +37,29 @@ class StepMemory:
         return self.weights + self.bank + self.views + self.activations + self.logits
 
 
-def step_memory(recipe: Recipe, *, half: bool, fused_attention: bool) -> StepMemory:
-    """Predict the peak of a step.
+def step_memory(
+    recipe: Recipe, *, half: bool, fused_attention: bool, devices: int = 1
+) -> StepMemory:
+    """Predict the peak of a step on one device.
 
     Args:
         recipe: model, views, batch and memory.
         half: whether the passes run under bf16 autocast.
         fused_attention: whether attention keeps no [N, N] weights (a GPU), or does (a CPU).
+        devices: how many share the batch.
     """
     with torch.device("meta"):
         network = Network.of(recipe)
     parameters = sum(p.numel() for p in network.parameters())
-    views, batch, size = recipe.views, recipe.optim.batch_size, 2 if half else 4
+    views, size = recipe.views, 2 if half else 4
+    batch = -(-recipe.optim.batch_size // (devices * recipe.optim.accumulate))  # of a part
+    anew = recipe.model.checkpointing
     block: Any = network.backbone.blocks[0]  # type: ignore[index]
     passes = []
     for px, count in ((views.global_px, 2), (views.local_px, views.local_views)):
-        kept = kept_bytes(network, px, count * batch, half=half, fused_attention=fused_attention)
+        kept = kept_bytes(
+            network, px, count * batch, half=half, fused_attention=fused_attention, anew=anew
+        )
         # One block's backward holds gradients before and after the GELU, and two of its tokens.
         works_in = 2 * size * block.mlp.fc1.out_features + 2 * 4 * block.attn.proj.out_features
         passes.append(kept + works_in * count * batch * _tokens(network.backbone, px))
@@ -65,7 +75,9 @@ def step_memory(recipe: Recipe, *, half: bool, fused_attention: bool) -> StepMem
     )
 
 
-def kept_bytes(network: Network, px: int, images: int, *, half: bool, fused_attention: bool) -> int:
+def kept_bytes(
+    network: Network, px: int, images: int, *, half: bool, fused_attention: bool, anew: bool = False
+) -> int:
     """What autograd keeps of a forward pass of the student, weights apart.
 
     Args:
@@ -74,6 +86,8 @@ def kept_bytes(network: Network, px: int, images: int, *, half: bool, fused_atte
         images: how many go through together.
         half: bf16 autocast.
         fused_attention: see `step_memory`.
+        anew: with `model.checkpointing`: what goes into each block, and all of one that is on its
+            way back.
     """
     backbone: Any = network.backbone
     block, size = backbone.blocks[0], 2 if half else 4
@@ -84,10 +98,17 @@ def kept_bytes(network: Network, px: int, images: int, *, half: bool, fused_atte
     row = 2 * 4 * width + (2 + 3 + 1) * size * width + 2 * size * hidden
     if not fused_attention:
         row += size * block.attn.num_heads * tokens
-    last = row  # read in full where it is described
-    if network.description is None or px != int(backbone.patch_embed.img_size[0]):
-        last = 4 * width + (1 + 2) * size * width  # the class token's part: core.class_token
-    return int(images * (tokens * ((len(backbone.blocks) - 1) * row + last) + 3 * size * px**2))
+    depth = len(backbone.blocks)
+    described = network.description is not None and px == int(backbone.patch_embed.img_size[0])
+    if anew:  # the last block then runs in full
+        kept = depth * 4 * width + row
+    elif described:  # so it does here: all its tokens are read
+        kept = depth * row
+    else:
+        kept = (depth - 1) * row + (4 + size) * width  # the class token's part: core.class_token
+    if described:  # the last norm, in and out; what the patches' head reads; how far off it is
+        kept += 3 * 4 * width + 4 * FIGURES * PATCH_CELLS**2
+    return int(images * (tokens * kept + 3 * size * px**2))
 
 
 def _tokens(backbone: Any, px: int) -> int:

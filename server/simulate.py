@@ -134,7 +134,7 @@ def _draw_phantoms(out: Path, recipe: Recipe) -> dict[str, Path]:
 def write_site_file(out: Path, name: str, shards: Path, recipe: Recipe) -> Path:
     """OUT/sites/NAME/site.toml, as a hospital would write it; one that is there is kept.
 
-    Every engine gives a site the same number of threads: equal threads, equal bits.
+    Every engine gives a site the same number of threads, and one device: equal bits.
     """
     file = out / "sites" / name / "site.toml"
     path = str(shards.resolve())
@@ -145,7 +145,7 @@ def write_site_file(out: Path, name: str, shards: Path, recipe: Recipe) -> Path:
     text = (
         f"name = {json.dumps(name)}\n"
         f"shards = [{json.dumps(path)}]\n"
-        f"threads = {len(os.sched_getaffinity(0))}\n"
+        f"threads = {len(os.sched_getaffinity(0))}\ndevices = 1\n"
         "\n[policy]\n"
         f"min_patients_per_prototype = {recipe.federation.prototype_min_patients}\n"
     )

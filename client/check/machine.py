@@ -25,7 +25,10 @@ def disk(state_path: Path, measured: Measured) -> Finding:
             f"{gigabytes(free)} free for the state; not known how much it needs",
             "It is told once a training step has run.", free_bytes=free,
         )  # fmt: skip
-    need = 2 * (measured.private_bytes + measured.reply_bytes)
+    state = measured.private_bytes + measured.reply_bytes
+    need = 2 * state
+    if measured.devices > 1:  # client.ranks hands the round over, and its result back, in files
+        need += measured.message_bytes + state
     found = f"{gigabytes(free)} free, the state needs {gigabytes(need)}"
     if free < need:
         return red(
@@ -41,13 +44,14 @@ def memory(measured: Measured) -> Finding:
     """Does the peak of a training step fit beside Flower's processes and their messages?"""
     available = available_memory()
     messages = IDLE_BYTES + int(COPIES_OF_A_MESSAGE * measured.message_bytes)
-    need = measured.peak_bytes + messages
+    training = max(1, measured.devices) * measured.peak_bytes
+    need = training + messages
     if available is None or not measured.peak_bytes:
         what = "available memory" if available is None else "the peak of a training step"
         return yellow(f"{what} cannot be told", "Watch the first round with: free -h")
     found = (
         f"{gigabytes(available)} available; a round needs {gigabytes(need)} "
-        f"({gigabytes(measured.peak_bytes)} to train, {gigabytes(messages)} for Flower's messages)"
+        f"({gigabytes(training)} to train, {gigabytes(messages)} for Flower's messages)"
     )
     if available < need:
         return red(
@@ -115,6 +119,8 @@ def device(site: SiteConfig, measured: Measured) -> Finding:
         )
     asked = f"'{site.device}' asked for, "
     if measured.device.startswith("cuda"):
+        if measured.devices > 1:
+            asked += f"{measured.devices} GPUs train together, least free: "
         return green(
             f"{asked}{measured.gpu} with {gigabytes(measured.gpu_bytes)}, "
             f"{gigabytes(measured.gpu_free_bytes)} free, torch {measured.torch}",

@@ -116,6 +116,8 @@ def _machine(
     with board.running("one training step" if trains else "device"):
         measured = training.measure(site_file, recipe if trains else None)
     board.run("device", machine.device, site, measured)
+    if measured.foretold_bytes and measured.free_bytes:
+        board.run("step memory", training.step_fits, measured)
     if trains and measured.device:
         board.run("training step", training.step, measured)
     elif recipe:

@@ -21,13 +21,15 @@ from client.check.training import Measured
 from client.site import SiteConfig, load_site
 from core.checkpoint import read_json, write_json
 from core.config import Recipe, recipe_from_json
+from core.device import uses_bf16
 from core.errors import UserError
 from core.evaluate import extract, labelled_tasks
 from core.shards import Shard
 from core.site_data import SiteData
-from core.site_round import resolve_device, usual_of
+from core.site_round import resolve_devices, usual_of
 from core.sites import open_site
 from core.step import TrainState
+from core.step_memory import step_memory
 from core.train import embed_global, network_arrays, new_state, private_arrays, train
 
 Write = Callable[[Measured], None]
@@ -71,10 +73,11 @@ def main() -> None:
 def _device(site: SiteConfig, measured: Measured) -> Measured:
     if site.threads:
         torch.set_num_threads(site.threads)
-    name = resolve_device(site.device)
-    if name == "cpu":
-        return replace(measured, device=name)
-    free, total = torch.cuda.mem_get_info(name)
+    names = resolve_devices(site.device, site.devices)
+    measured = replace(measured, device=names[0], devices=len(names))
+    if names[0] == "cpu":
+        return measured
+    (free, total), name = min((torch.cuda.mem_get_info(name), name) for name in names)
     gpu = torch.cuda.get_device_name(name)
     return replace(measured, device=name, gpu=gpu, gpu_bytes=total, gpu_free_bytes=free)
 
@@ -86,9 +89,13 @@ def _training(site: SiteConfig, recipe: Recipe, measured: Measured, write: Write
     if not data.pools:
         raise UserError("no image is in the split 'train'; prepare the shard again with some")
     if recipe.privacy.mode == "record":
-        measured = measure_private_rounds(site, recipe, measured, shards)
+        alone = replace(measured, devices=1)  # as client.rounds takes no more for it
+        measured = measure_private_rounds(site, recipe, alone, shards)
         gpu_peak = _gpu_peak(measured.device)
         return write(replace(measured, peak_bytes=_peak_bytes(), gpu_peak_bytes=gpu_peak))
+    measured = _foretold(recipe, measured)
+    write(measured)
+    recipe = _share(recipe, measured.devices)
     state = new_state(recipe, torch.device(measured.device), site.name)
     if recipe.loss.description_weight:
         state.usual = usual_of(recipe, state, data, site.name)
@@ -119,6 +126,50 @@ def _training(site: SiteConfig, recipe: Recipe, measured: Measured, write: Write
     measured = replace(measured, other_seconds=_other_seconds(recipe, state, data, shards, site))
     gpu_peak = _gpu_peak(measured.device)
     return write(replace(measured, peak_bytes=_peak_bytes(), gpu_peak_bytes=gpu_peak))
+
+
+def _foretold(recipe: Recipe, measured: Measured) -> Measured:
+    """What a step takes on one device, as it is and with changes that make it smaller."""
+    device = torch.device(measured.device)
+
+    def takes(*, checkpointing: bool, accumulate: int) -> int:
+        changed = recipe.model_copy(
+            update={
+                "model": recipe.model.model_copy(update={"checkpointing": checkpointing}),
+                "optim": recipe.optim.model_copy(update={"accumulate": accumulate}),
+            }
+        )
+        return step_memory(
+            changed, half=uses_bf16(recipe, device), fused_attention=device.type == "cuda",
+            devices=measured.devices,
+        ).total  # fmt: skip
+
+    now, parts = recipe.model.checkpointing, recipe.optim.accumulate
+    savings = []
+    if not now:
+        takes_less = takes(checkpointing=True, accumulate=parts)
+        savings.append(("model.checkpointing = true", takes_less))
+    for more in (2 * parts, 4 * parts):
+        if more * measured.devices <= recipe.optim.batch_size:
+            takes_less = takes(checkpointing=now, accumulate=more)
+            savings.append((f"optim.accumulate = {more}", takes_less))
+    free = measured.gpu_free_bytes
+    if device.type == "cpu":
+        free = (available_memory() or 0) // measured.devices
+    return replace(
+        measured,
+        foretold_bytes=takes(checkpointing=now, accumulate=parts),
+        free_bytes=free,
+        savings=tuple(savings),
+    )
+
+
+def _share(recipe: Recipe, devices: int) -> Recipe:
+    """The recipe with one device's share of a batch."""
+    share = max(2, -(-recipe.optim.batch_size // devices))
+    parts = min(recipe.optim.accumulate, share)
+    optim = recipe.optim.model_copy(update={"batch_size": share, "accumulate": parts})
+    return recipe.model_copy(update={"optim": optim})
 
 
 def _other_seconds(

@@ -15,6 +15,8 @@ from core.config import Recipe
 
 LIMIT_SECONDS = 900
 """After so long a step is too slow for any study."""
+SPARED_SHARE = 0.9
+"""Of the free memory; the foretold bytes are without the allocator's gaps and the libraries."""
 MESSAGE_SECONDS = 20
 """Flower starts a process for every message: 8 to 18 s measured."""
 
@@ -31,9 +33,19 @@ class Measured:
     """'GPU' or 'memory', if that is why."""
     torch: str = ""
     device: str = ""
+    """The (first) one that trains."""
+    devices: int = 0
+    """How many share a round's training."""
     gpu: str = ""
     gpu_bytes: int = 0
     gpu_free_bytes: int = 0
+    """Of the GPU that has the least."""
+    foretold_bytes: int = 0
+    """What a step takes on one device, told from the recipe before it is tried."""
+    free_bytes: int = 0
+    """What that device had free then."""
+    savings: tuple[tuple[str, int], ...] = ()
+    """Changes of the recipe, and what a step would take with them."""
     step_seconds: float = 0.0
     """Median after the first step."""
     other_seconds: float = 0.0
@@ -88,7 +100,8 @@ def step(measured: Measured) -> Finding:
         return red(
             f"out of memory on {where}: {measured.error}",
             "Give it more memory, stop what else uses it, or ask the coordinator for a recipe "
-            "with a smaller optim.batch_size.",
+            "with optim.accumulate = 2 or more, model.checkpointing = true or a smaller "
+            "optim.batch_size.",
         )
     if measured.error:
         return red(
@@ -100,11 +113,30 @@ def step(measured: Measured) -> Finding:
     peak = f"{gigabytes(measured.peak_bytes)} of memory"
     if measured.gpu_peak_bytes:
         peak += f" and {gigabytes(measured.gpu_peak_bytes)} of the GPU's"
+    share = f" (its share of the batch, one of {measured.devices})" if measured.devices > 1 else ""
     return green(
-        f"{duration(measured.step_seconds)} on {measured.gpu or 'the CPU'}, peak {peak}",
+        f"{duration(measured.step_seconds)} on {measured.gpu or 'the CPU'}{share}, peak {peak}",
         step_seconds=round(measured.step_seconds, 4),
         peak_bytes=measured.peak_bytes, gpu_peak_bytes=measured.gpu_peak_bytes,
     )  # fmt: skip
+
+
+def step_fits(measured: Measured) -> Finding:
+    """What a step was foretold to take, against what its device had free."""
+    need, free = measured.foretold_bytes, measured.free_bytes
+    where = measured.gpu or "this machine"
+    found = f"{gigabytes(need)} foretold for a step, {gigabytes(free)} free on {where}"
+    values = {"foretold_bytes": need, "free_bytes": free}
+    if need <= SPARED_SHARE * free:
+        return green(found, **values)
+    ways = [f"{change} ({gigabytes(takes)})" for change, takes in measured.savings]
+    remedy = (
+        f"Stop what else uses it, or ask the coordinator for a recipe with {' or '.join(ways)}, or "
+        "with a smaller optim.batch_size."
+    )
+    if measured.step_seconds:  # it ran, if barely
+        return yellow(found, remedy, **values)
+    return red(found, remedy, **values)
 
 
 def round_time(recipe: Recipe, measured: Measured) -> Finding:
@@ -138,7 +170,10 @@ def round_time(recipe: Recipe, measured: Measured) -> Finding:
 
 
 def _read(result: Path) -> Measured:
-    return Measured(**read_json(result)) if result.exists() else Measured()
+    if not result.exists():
+        return Measured()
+    facts = read_json(result)
+    return Measured(**{**facts, "savings": tuple(map(tuple, facts["savings"]))})
 
 
 def _environment() -> dict[str, str]:

@@ -125,7 +125,7 @@ def test_a_broken_chain_comes_first_and_gives_status_1(state, site_file, monkeyp
 def test_a_round_in_training_is_told_as_long_as_its_process_lives(state, look):
     directory = state / "studies" / STUDY
     with locked(directory / "lock"):
-        file = ProgressFile(directory, 3, 20, 8, "cpu")
+        file = ProgressFile(directory, 3, 20, 8)
         assert "round 3 of study abababab: reads images" in drawn(look())
         file.step(1, 5.5)
         time.sleep(0.02)
@@ -144,7 +144,7 @@ def test_progress_is_written_at_most_once_a_second_and_at_the_last_step(tmp_path
     monkeypatch.setattr(
         progress, "write_atomically", lambda path, data, sync: writes.append(json.loads(data))
     )
-    file = ProgressFile(tmp_path, 1, 10_000, 8, "cpu")
+    file = ProgressFile(tmp_path, 1, 10_000, 8)
     for step in range(1, 10_001):
         file.step(step, 1.0)
     assert writes[0]["step"] == 0
@@ -154,7 +154,7 @@ def test_progress_is_written_at_most_once_a_second_and_at_the_last_step(tmp_path
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_not_told_as_one(tmp_path, loss):
-    ProgressFile(tmp_path, 1, 1, 8, "cpu").step(1, loss)
+    ProgressFile(tmp_path, 1, 1, 8).step(1, loss)
     assert read_progress(tmp_path).loss is None
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_progress_file_is_as_none(tmp_path, content):
 
 def test_a_disk_that_takes_no_progress_does_not_fail_the_round(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    ProgressFile(tmp_path / "file", 1, 1, 8, "cpu").step(1, 1.0)
+    ProgressFile(tmp_path / "file", 1, 1, 8).step(1, 1.0)
     assert "cannot be written" in caplog.text
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from client.check import machine
 from client.check.findings import Status, duration, gigabytes
-from client.check.training import Measured, round_time, step
+from client.check.training import Measured, round_time, step, step_fits
 from client.site import SiteConfig
 
 GREEN, YELLOW, RED = Status
@@ -110,6 +110,38 @@ def test_a_step_tells_time_and_memory_or_why_not():
     killed = step(replace(gpu, out_of_memory="memory", error="killed by the system"))
     assert killed.found == "out of memory on this machine: killed by the system"
     assert "report this line" in step(replace(MEASURED, error="RuntimeError: no kernel")).remedy
+
+
+@pytest.mark.parametrize(
+    ("foretold", "seconds", "status"),
+    [(9 * GB, 2.0, GREEN), (9.1 * GB, 2.0, YELLOW), (9.1 * GB, 0.0, RED), (20 * GB, 0.0, RED)],
+)
+def test_a_step_that_does_not_fit_is_told_with_what_would(foretold, seconds, status):
+    """Of 10 GB free a tenth is spared; where the step ran all the same, it is no more than near."""
+    measured = replace(
+        MEASURED, gpu="H100", foretold_bytes=int(foretold), free_bytes=10 * GB,
+        step_seconds=seconds, savings=(("model.checkpointing = true", 3 * GB),),
+    )  # fmt: skip
+    finding = step_fits(measured)
+    assert finding.status == status
+    assert finding.found == f"{gigabytes(foretold)} foretold for a step, 10.0 GB free on H100"
+    if status != GREEN:
+        assert "a recipe with model.checkpointing = true (3.0 GB), or with a s" in finding.remedy
+
+
+def test_several_devices_are_told_and_need_more_memory_and_disk(monkeypatch, tmp_path):
+    several = replace(
+        MEASURED, device="cuda:1", devices=4, gpu="H100", gpu_bytes=80 * GB, gpu_free_bytes=9 * GB
+    )
+    assert (
+        "4 GPUs train together, least free: H100 with 80.0 GB"
+        in machine.device(SITE, several).found
+    )
+    assert step(several).found.startswith("2 s on H100 (its share of the batch, one of 4)")
+    monkeypatch.setattr(machine, "available_memory", lambda: 20 * GB)
+    assert machine.memory(several).values["needed_bytes"] == 9_700_000_000  # 3 GB more
+    with_disk(monkeypatch, 20 * GB)  # 2 x (2 + 1) of state, and once all that comes and goes
+    assert machine.disk(tmp_path, several).values["needed_bytes"] == 10 * GB
 
 
 def test_quantities_are_short():

@@ -9,6 +9,7 @@ from client.check import training
 from client.check.training import Measured, measure, step
 from core.checkpoint import load_arrays
 from core.config import recipe_from_json
+from core.step_memory import step_memory
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,6 +48,23 @@ def test_a_step_is_measured_as_a_round_goes(site_file, recipe, tmp_path, monkeyp
     assert 0 < measured.other_seconds < 20
     assert 100_000_000 < measured.peak_bytes < 4_000_000_000
     assert "on the CPU" in step(measured).found
+
+
+def test_what_a_step_takes_is_foretold_for_each_device_with_what_would_make_it_less(
+    site_file, recipe
+):
+    site_file.write_text(site_file.read_text().replace("threads = 1", "threads = 1\ndevices = 2"))
+    measured = measure(site_file, recipe)
+    assert (measured.error, measured.devices) == ("", 2)
+    assert (
+        measured.foretold_bytes
+        == step_memory(recipe, half=False, fused_attention=False, devices=2).total
+    )
+    assert [change for change, _ in measured.savings] == [
+        "model.checkpointing = true", "optim.accumulate = 2", "optim.accumulate = 4",
+    ]  # fmt: skip
+    assert measured.savings[2][1] < measured.savings[1][1] < measured.foretold_bytes
+    assert measured.free_bytes > measured.foretold_bytes
 
 
 def test_running_out_of_memory_is_a_red_line(site_file, recipe):
