@@ -2,8 +2,8 @@
 
 Counted is every tensor's storage that is alive, at its peak, as the operations of a step make them:
   step   whole steps of core.train on this CPU, small networks, fp32 and bf16
-  pass   the student of the full-size recipes forward and backward through the global views of a
-         batch, fused attention, on tensors without data (torch's fake ones): nothing is computed,
+  pass   the student of the full-size recipes forward and backward through a pass of global
+         views, fused attention, on tensors without data (torch's fake ones): nothing is computed,
          so a ViT-L/16 at 224 px fits anywhere
 Neither knows the allocator's rounding, its gaps, or what the libraries of a GPU take.
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from core.backbone import Network
 from core.batch import Batch
 from core.config import Recipe, load_recipe
+from core.step import views_together
 from core.step_memory import step_memory
 from core.train import new_state, train
 
@@ -122,7 +123,7 @@ def counted_pass(backbone: str, *, checkpointing: bool, images: int) -> tuple[in
         student._apply(lambda tensor: torch.empty(tensor.shape))
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)
-        pixels = torch.empty(2 * images, 3, px, px)
+        pixels = torch.empty(views_together(recipe.views, images)[0] * images, 3, px, px)
         with LiveBytes() as live:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = student(pixels).sum()

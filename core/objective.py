@@ -22,7 +22,7 @@ class Among:
     """A batch of which some images alone are at hand: KoLeo compares them with all of it."""
 
     embeddings: Tensor
-    """The student's of the global views, unit [2, B, D], no gradient."""
+    """The student's of those of the views that are global, unit [V', B, D], no gradient."""
     rows: slice
     """Which of the batch's images are at hand, from a first to before a last."""
 
@@ -52,7 +52,7 @@ class Objective:
         """The part of the step's loss that some views of the objective's images have.
 
         Args:
-            student: their unit embeddings [V', b, D]; the global views are asked for together.
+            student: their unit embeddings [V', b, D].
             first_view: place of the first of them among all views, the global ones leading.
             among: the batch, where the images are some of it; none: they are the batch.
 
@@ -74,19 +74,21 @@ class Objective:
         pairs = views * targets - own_pairs(first_view, views, targets)
         consistency = of_batch * pairs / (targets * (self.num_views - 1)) * consistency
         figures = {"loss": consistency.detach()}
-        if first_view > 0:
+        if first_view >= targets:
             return consistency, figures
-        batch = student[..., :2, :, :]
+        batch = student[..., : targets - first_view, :, :]
+        of_views = batch.shape[-3] / targets
         if among is not None:
             others = among.embeddings
             if self.mean is not None:
                 others = centre(others, self.mean[..., None, None, :])
             before, after = others[..., : among.rows.start, :], others[..., among.rows.stop :, :]
-            batch = torch.cat([before, batch, after], dim=-2)  # [2, B, D]
+            batch = torch.cat([before, batch, after], dim=-2)  # [V', B, D]
         koleo = torch.zeros_like(consistency)
         if batch.shape[-2] > 1:
-            koleo = koleo_loss(batch).mean(-1)
-        figures |= {"koleo": of_batch * koleo.detach(), "teacher_entropy": of_batch * entropy}
+            koleo = of_views * koleo_loss(batch).mean(-1)
+        figures["koleo"] = of_batch * koleo.detach()
+        figures["teacher_entropy"] = of_batch * of_views * entropy  # told by each of them alike
         # The value is the images' share; the gradient, theirs alone already, is that of the whole.
         return consistency + self.koleo_weight * (
             koleo - koleo.detach() + figures["koleo"]

@@ -8,8 +8,9 @@ its gradient is then its own share of the whole. Those embeddings are there befo
 after another pass the global views once more, first of all and without gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ from core.objective import Among, Objective, losses_of
 from core.randomness import derive_seed, torch_generator
 from core.ranks import ALONE, Ranks
 from core.schedules import teacher_temperature
+
+GLOBAL_VIEWS = 2
+VIEW_ALONE_IMAGES = 32
+"""With fewer images a global view does not go through alone: small passes use a processor badly."""
 
 
 @dataclass
@@ -149,25 +154,27 @@ class _Step:
             )
         ]
         self._seed_paths(part)
-        for first_view, pixels in ((0, large), (len(large), small)):
-            if len(pixels) == 0:
-                continue
-            embeddings, described = self._pass(part, pixels, first_view)
-            if known is None:  # the global views come first
-                known = ranks.gather(embeddings.detach(), part.first, sum(sizes))
+        everyone = None
+        for first_view, pixels in _passes(large, small, self.recipe.views):
+            embeddings, described = self._pass(part, pixels, describes=first_view < len(large))
+            if first_view < len(large):  # they come first
+                if known is None:
+                    everyone = ranks.gather(embeddings.detach(), part.first, sum(sizes))
+                else:
+                    everyone = known[first_view : first_view + len(pixels)]
             losses = losses_of(
                 objectives,
                 torch.split(embeddings, own, dim=1),
                 first_view,
-                _among(part, torch.split(known, sizes, dim=1)),
+                _among(part, torch.split(cast(Tensor, everyone), sizes, dim=1)),
             )
             summed = torch.zeros((), device=self.state.device)
             for place, ((number, rows), (loss, found)) in enumerate(
                 zip(part.rows, losses, strict=True)
             ):
                 if described:
-                    of_batch = (rows.stop - rows.start) / sizes[number]
-                    found["description"] = of_batch * described[place]
+                    share = (rows.stop - rows.start) / sizes[number] * len(pixels) / len(large)
+                    found["description"] = share * described[place]
                     loss = loss + self.recipe.loss.description_weight * found["description"]
                 summed = summed + sizes[number] / sum(sizes) * loss
                 for key, value in found.items():
@@ -206,7 +213,7 @@ class _Step:
             )
 
     def _pass(
-        self, part: Part, pixels_VBCHW: Tensor, first_view: int
+        self, part: Part, pixels_VBCHW: Tensor, *, describes: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """The student's embeddings [V, b, D], and how far off its descriptions of each batch are.
 
@@ -214,7 +221,7 @@ class _Step:
         """
         student = self.state.student
         describe = student.description
-        if describe is None or first_view > 0:
+        if describe is None or not describes:
             return _embed(student, pixels_VBCHW, self.recipe), []
         with precision(self.recipe, self.state.device):
             embeddings, tokens = student.with_tokens(pixels_VBCHW.flatten(0, 1))
@@ -247,6 +254,26 @@ class _Step:
             teacher_temperature(recipe, state.step),
             recipe.loss.koleo_weight,
         )
+
+
+def views_together(views: ViewsConfig, images: int) -> tuple[int, int]:
+    """How many global views of so many images go through the student at once, and how many local.
+
+    Losses add up over views, so a pass may be followed by its backward and forgotten. Of many
+    images a global view is a pass of its own, which halves what autograd keeps, and local views go
+    in groups of no more pixels.
+    """
+    if images < VIEW_ALONE_IMAGES:
+        return GLOBAL_VIEWS, views.local_views
+    return 1, min(views.local_views, max(1, views.global_px**2 // views.local_px**2))
+
+
+def _passes(large: Tensor, small: Tensor, views: ViewsConfig) -> Iterator[tuple[int, Tensor]]:
+    """Views [V, b, C, H, W] of a pass, and the place of its first among all, the global leading."""
+    together = views_together(views, large.shape[1])
+    for place, pixels, count in zip((0, len(large)), (large, small), together, strict=True):
+        for first in range(0, len(pixels), count or 1):
+            yield place + first, pixels[first : first + count]
 
 
 def _among(part: Part, everyone: Sequence[Tensor]) -> list[Among | None]:

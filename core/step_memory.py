@@ -17,6 +17,7 @@ from core.config import Recipe
 from core.describe import FIGURES
 from core.description import PATCH_CELLS
 from core.modalities import MODALITIES
+from core.step import views_together
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def step_memory(
     anew = recipe.model.checkpointing
     block: Any = network.backbone.blocks[0]  # type: ignore[index]
     passes = []
-    for px, count in ((views.global_px, 2), (views.local_px, views.local_views)):
+    together = views_together(views, batch)
+    for px, count in zip((views.global_px, views.local_px), together, strict=True):
         kept = kept_bytes(
             network, px, count * batch, half=half, fused_attention=fused_attention, anew=anew
         )

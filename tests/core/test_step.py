@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import core.step
 from core.backbone import initialise
 from core.batch import cut_parts
 from core.config import Recipe
@@ -85,6 +86,32 @@ def test_parts_and_checkpointing_give_the_gradient_of_the_whole_batch(
     for name, gradient in gradients.items():
         difference = float((gradients_again[name] - gradient).norm())
         assert difference <= 1e-5 * float(gradient.norm()) + 1e-9, name
+
+
+@pytest.mark.parametrize(("parts", "description_weight"), [(1, 0), (1, 1), (3, 1)])
+def test_global_views_one_after_the_other_give_the_gradient_of_both_at_once(
+    data: SiteData, parts: int, description_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = {"koleo_weight": 0.5, "description_weight": description_weight}
+    config = recipe(memory={"centred": True}, loss=loss, optim={"accumulate": parts})
+    total, sums, embeddings, gradients = first_step(config, data)
+    passes = []
+    embed = core.step._embed
+    monkeypatch.setattr(core.step, "VIEW_ALONE_IMAGES", 1)
+    monkeypatch.setattr(
+        core.step, "_embed", lambda n, pixels, r: passes.append(len(pixels)) or embed(n, pixels, r)
+    )
+    again, sums_again, embeddings_again, gradients_again = first_step(config, data)
+    assert again == pytest.approx(total, rel=1e-5)
+    assert sums_again.keys() == sums.keys()
+    for name, value in sums.items():
+        assert float(sums_again[name]) == pytest.approx(float(value), rel=1e-4), name
+    assert torch.equal(embeddings_again, embeddings)
+    for name, gradient in gradients.items():
+        difference = float((gradients_again[name] - gradient).norm())
+        assert difference <= 1e-5 * float(gradient.norm()) + 1e-9, name
+    if parts == 1 and not description_weight:
+        assert passes == [2, 1, 1, 2]  # the teacher's, then the student's
 
 
 def test_koleo_of_parts_on_their_own_would_be_another_gradient(data: SiteData) -> None:

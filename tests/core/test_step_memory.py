@@ -91,12 +91,19 @@ def test_checkpointing_parts_and_devices_take_less() -> None:
 
     options = {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
     model = {"options": options, "head_hidden": 64, "checkpointing": True}
-    whole, halves = step(), step(optim={"accumulate": 2})
-    assert step(devices=2) == halves
-    assert step(devices=2, optim={"accumulate": 2}) == step(optim={"accumulate": 4})
+
+    def of_sixteen(parts: int = 1, devices: int = 1) -> StepMemory:
+        return step(devices, optim={"batch_size": 16, "accumulate": parts})
+
+    whole, halves = of_sixteen(), of_sixteen(2)
+    assert of_sixteen(devices=2) == halves
+    assert of_sixteen(2, devices=2) == of_sixteen(4)
     assert halves.activations == pytest.approx(whole.activations / 2)
     assert (halves.weights, halves.bank) == (whole.weights, whole.bank)
-    assert step(model=model).activations < 0.6 * whole.activations
+    assert step(model=model).activations < 0.6 * step().activations
+    # A global view of many images goes through alone.
+    many, few = step(optim={"batch_size": 32}), step(optim={"batch_size": 31})
+    assert many.activations < 0.6 * few.activations
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
