@@ -69,7 +69,8 @@ def description_alone() -> Arm:
     """Neither consistency nor KoLeo: what describing the views teaches by itself."""
 
     def none(student: Tensor, *_: Any, first_view: int = 0) -> tuple[Tensor, Tensor]:
-        return 0 * student.sum(), student.new_zeros(())
+        loss = 0 * student.sum((-3, -2, -1))
+        return loss, torch.zeros_like(loss)
 
     def recipe(recipe: Recipe) -> Recipe:
         if not recipe.loss.description_weight:
@@ -108,10 +109,12 @@ def cosine_loss(
     student: Tensor, teacher: Tensor, *_: Any, first_view: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Mean over pairs of different views of 1 - cosine, with the arguments of consistency_loss."""
-    places = torch.arange(first_view, first_view + len(student))[:, None]
-    meets = (places != torch.arange(len(teacher))).to(student.dtype)  # [V, U]
-    cosines = torch.einsum("vbd,ubd->vu", student, teacher) / student.shape[1]
-    return 1 - (meets * cosines).sum() / meets.sum(), student.new_zeros(())
+    views, batch = student.shape[-3:-1]
+    places = torch.arange(first_view, first_view + views)[:, None]
+    meets = (places != torch.arange(teacher.shape[-3])).to(student.dtype)  # [V, U]
+    cosines = torch.einsum("...vbd,...ubd->...vu", student, teacher) / batch
+    loss = 1 - (meets * cosines).sum((-2, -1)) / meets.sum()
+    return loss, torch.zeros_like(loss)
 
 
 def unweighted() -> Arm:
