@@ -89,7 +89,9 @@ def add_gradients(
     count = sum(sizes)
     parts = cut_parts(sizes, ranks.count * recipe.optim.accumulate)
     own = parts[ranks.rank * recipe.optim.accumulate :][: recipe.optim.accumulate]
-    step = _Step(state, recipe, current, site)
+    step = _Step(
+        state, recipe, current, site, views_together(recipe.views, -(-count // len(parts)))
+    )
     known: Tensor | None = None  # [2, count, D], the student's global views of all images
     if len(own) > 1:
         seen = [step.look(part) for part in own]
@@ -116,6 +118,8 @@ class _Step:
     recipe: Recipe
     current: Sequence[Batch]
     site: str
+    together: tuple[int, int]
+    """From `views_together`, by the largest part: ranks must gather alike, whatever each has."""
 
     def look(self, part: Part) -> Tensor:
         """The student's embeddings [2, b, D] of a part's global views; no gradient."""
@@ -155,7 +159,7 @@ class _Step:
         ]
         self._seed_paths(part)
         everyone = None
-        for first_view, pixels in _passes(large, small, self.recipe.views):
+        for first_view, pixels in _passes(large, small, self.together):
             embeddings, described = self._pass(part, pixels, describes=first_view < len(large))
             if first_view < len(large):  # they come first
                 if known is None:
@@ -268,9 +272,10 @@ def views_together(views: ViewsConfig, images: int) -> tuple[int, int]:
     return 1, min(views.local_views, max(1, views.global_px**2 // views.local_px**2))
 
 
-def _passes(large: Tensor, small: Tensor, views: ViewsConfig) -> Iterator[tuple[int, Tensor]]:
+def _passes(
+    large: Tensor, small: Tensor, together: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
     """Views [V, b, C, H, W] of a pass, and the place of its first among all, the global leading."""
-    together = views_together(views, large.shape[1])
     for place, pixels, count in zip((0, len(large)), (large, small), together, strict=True):
         for first in range(0, len(pixels), count or 1):
             yield place + first, pixels[first : first + count]

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from core.backbone import initialise
 from core.batch import cut_parts
 from core.config import Recipe
 from core.phantoms import make_phantoms
+from core.ranks import Ranks
 from core.site_data import SiteData
 from core.site_round import usual_of
 from core.step import TrainState, add_gradients
@@ -112,6 +114,28 @@ def test_global_views_one_after_the_other_give_the_gradient_of_both_at_once(
         assert difference <= 1e-5 * float(gradient.norm()) + 1e-9, name
     if parts == 1 and not description_weight:
         assert passes == [2, 1, 1, 2]  # the teacher's, then the student's
+
+
+def test_ranks_of_unequal_shares_gather_the_same_views(
+    data: SiteData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would wait for each other for ever: 13 images are 6 and 7, about the limit."""
+    gathered: dict[int, list[int]] = {}
+
+    class Recorded(Ranks):
+        def add(self, tensors: Sequence[torch.Tensor]) -> None:
+            """Nobody else is there."""
+
+        def gather(self, own: torch.Tensor, first: int, total: int) -> torch.Tensor:
+            gathered.setdefault(self.rank, []).append(len(own))
+            return super().gather(own, first, total)
+
+    monkeypatch.setattr(core.step, "VIEW_ALONE_IMAGES", 7)
+    config = recipe()
+    for rank in range(2):
+        batches = data.batches(config, "site", 0)
+        add_gradients(started(config), config, batches, "site", {}, Recorded(rank, 2))
+    assert gathered[0] == gathered[1] == [1, 1, 1]  # two global views, the teacher's embeddings
 
 
 def test_koleo_of_parts_on_their_own_would_be_another_gradient(data: SiteData) -> None:
