@@ -93,23 +93,25 @@ def test_figures_that_a_site_did_not_send_raise_no_alarm() -> None:
 
 
 def test_what_all_embeddings_share_does_not_reach_the_centred_loss() -> None:
-    config = recipe(memory={"entries_per_modality": 32, "centred": True})
-    moved = started(config)
-    with torch.no_grad():  # before the normalisation to unit length: a far common point
-        for network in (moved.student, moved.teacher):
-            network.head.layers[-1].bias += 30 * torch.ones(16)
-    apart, together = (
-        train(state, lambda step: [blobs(step)], config, 3, site="site")
-        for state in (started(config), moved)
-    )
-    flat = recipe()
-    raw = started(flat)
-    raw.student.load_state_dict(moved.student.state_dict())
-    raw.teacher.load_state_dict(moved.teacher.state_dict())
-    blind = train(raw, lambda step: [blobs(step)], flat, 3, site="site")
-    # Three steps from random weights: over eight seeds of the recipe the two are .5 to 2 apart.
-    assert 0.4 < together["teacher_entropy/us"] / apart["teacher_entropy/us"] < 2.5
-    assert blind["teacher_entropy/us"] > 2 * together["teacher_entropy/us"]
+    """Three steps from random weights differ by chance; the mean over seeds does not."""
+
+    def entropy(seed: int, *, moved: bool, centred: bool) -> float:
+        config = recipe(memory={"entries_per_modality": 32, "centred": centred})
+        config = config.model_copy(update={"seed": seed})
+        state = started(config)
+        if moved:
+            with torch.no_grad():  # before the normalisation to unit length: a far common point
+                for network in (state.student, state.teacher):
+                    network.head.layers[-1].bias += 30 * torch.ones(16)
+        metrics = train(state, lambda step: [blobs(step)], config, 3, site="site")
+        return metrics["teacher_entropy/us"]
+
+    def mean(**how: bool) -> float:
+        return float(np.mean([entropy(seed, **how) for seed in range(16)]))
+
+    apart, together = (mean(moved=moved, centred=True) for moved in (False, True))
+    assert together == pytest.approx(apart, rel=0.3)
+    assert mean(moved=True, centred=False) > 2 * together
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
