@@ -91,7 +91,9 @@ def extract(
     batch_size: int = 256,
     mean_std: MeanStd | None = None,
 ) -> Features:
-    """Class token and mean patch token of the last blocks, normalised by the final norm.
+    """Class token, patch tokens' mean and deviation, of the last blocks, after the final norm.
+
+    The deviation tells how unlike the places of an image are, which a mean cannot.
 
     Args:
         backbone: a timm vision transformer, in evaluation mode afterwards.
@@ -103,7 +105,7 @@ def extract(
         mean_std: used in place of the modality's, where the backbone was trained so.
 
     Returns:
-        float32 [N, blocks * 2 * d].
+        float32 [N, blocks * 3 * d].
     """
     backbone.eval()
     device = next(backbone.parameters()).device
@@ -114,7 +116,10 @@ def extract(
             pixels, indices=last_blocks, return_prefix_tokens=True,
             norm=True, output_fmt="NLC", intermediates_only=True,
         )  # fmt: skip
-        tokens = [torch.cat([prefix[:, 0], patches.mean(1)], 1) for patches, prefix in layers]
+        tokens = [
+            torch.cat([prefix[:, 0], patches.mean(1), patches.std(1, correction=0)], 1)
+            for patches, prefix in layers
+        ]
         rows.append(torch.cat(tokens, 1).float().cpu().numpy())
     return np.concatenate(rows)
 

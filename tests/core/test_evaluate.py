@@ -71,12 +71,12 @@ def test_a_probe_separates_what_a_line_separates_and_nothing_in_noise() -> None:
         assert low <= auroc(scores, labels[200:]) <= high
 
 
-def test_features_do_not_depend_on_batching_and_take_both_tokens_of_each_block() -> None:
+def test_features_do_not_depend_on_batching_and_take_three_tokens_of_each_block() -> None:
     backbone = create_backbone(ModelConfig(options=TINY), 16)
     images = phantoms().images[:7]
     whole = extract(backbone, images, "dermatology", 16, last_blocks=2)
     parts = extract(backbone, images, "dermatology", 16, last_blocks=2, batch_size=3)
-    assert whole.shape == (7, 2 * 2 * 32)
+    assert whole.shape == (7, 2 * 3 * 32)
     assert whole == pytest.approx(parts, abs=1e-5)
 
 

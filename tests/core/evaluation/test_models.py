@@ -47,12 +47,14 @@ def images() -> NDArray[np.uint8]:
 
 
 def reference(weights: dict[str, Tensor], images: NDArray[np.uint8]) -> Tensor:
-    """Class and mean patch token of timm's own model, loaded by hand."""
+    """Class token, mean and deviation of the patch tokens of timm's own model, loaded by hand."""
     model = timm.create_model(NAME, num_classes=10).eval()
     model.load_state_dict(weights)
     with torch.no_grad():
         tokens = model.forward_features(own_pixels(model, images))
-    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+    patches = tokens[:, 1:]
+    deviation = (patches - patches.mean(1, keepdim=True)).square().mean(1).sqrt()
+    return torch.cat([tokens[:, 0], patches.mean(1), deviation], 1)
 
 
 def own_pixels(model: Any, images: NDArray[np.uint8]) -> Tensor:
@@ -132,7 +134,7 @@ def test_position_embeddings_are_resized_to_another_input_size(tmp_path, weights
     )
     assert loaded.model.px == 48
     assert torch.allclose(loaded.model.backbone.pos_embed, expected)
-    assert features(loaded, images, "cxr", last_blocks=2).shape == (3, 2 * 2 * 64)
+    assert features(loaded, images, "cxr", last_blocks=2).shape == (3, 2 * 3 * 64)
     assert feature_blocks(loaded, 2) == 2
 
 

@@ -188,7 +188,7 @@ def test_labels_out_of_range(home: Path, command) -> None:
 def test_embed_and_export_write_what_others_read(home: Path, command) -> None:
     assert "120 embeddings" in command("embed it.safetensors rows.npz --data data")
     with np.load(home / "rows.npz") as rows:
-        assert rows["embedding"].shape == (120, 64)
+        assert rows["embedding"].shape == (120, 96)
         assert set(rows["modality"]) == {"us", "oct"}
     assert "features differ" in command("export it.safetensors hub --format huggingface")
     assert (home / "hub" / "model.safetensors").exists()
