@@ -88,7 +88,9 @@ def test_cosines_are_those_with_the_mean_of_the_others(state, tmp_path):
 
 def against(rounds):
     """A history in which site x pulled against the others for so many rounds."""
-    return [{"sites": {"x": {"outcome": "admitted", "cosine": -0.3}}}] * rounds
+    cosines = {"x": -0.3, "a": 0.2, "b": 0.3}
+    sites = {site: {"outcome": "admitted", "cosine": value} for site, value in cosines.items()}
+    return [{"sites": sites}] * rounds
 
 
 def test_a_flipped_update_is_reported_and_a_long_one_turns_the_mean_against_nobody(recipe, state):
@@ -123,6 +125,18 @@ def test_a_direction_is_not_reported_before_it_has_lasted(lines, recipe, state):
     screened, outcomes = judge(recipe, state, updates, lines)
     assert outcomes["x"]["cosine"] < COSINE_LIMIT
     assert screened.outliers == []
+
+
+def test_sites_that_all_pull_apart_are_not_called_odd(recipe, state):
+    lines = []
+    for number in range(1, 5):
+        draws = np.random.default_rng(number).normal(size=(3, SIZE))
+        changes = draws - draws.mean(0)
+        updates = {s: update(state, c) for s, c in zip("abc", changes, strict=True)}
+        screened, outcomes = judge(recipe, state, updates, lines)
+        assert max(o["cosine"] for o in outcomes.values()) < COSINE_LIMIT
+        assert screened.outliers == []
+        lines.append({"round": number, "sites": outcomes})
 
 
 def test_a_long_update_is_reported_and_cut_as_the_recipe_says(make_recipe, state):
