@@ -3,7 +3,7 @@
 Three ways over the same random images of 64 px, on the same backbone and batches:
   bare      backbone(batch) on normalised tensors that are already in memory
   features  core.evaluation.models.features on a memory-mapped shard: read, convert, normalise,
-            forward, class token, mean and deviation of the patch tokens, last three blocks
+            forward of the images and their mirror images, tokens of the last three blocks
   embed     core.evaluation.embed on the shard, to an .npz file: hashes of model and data, parts
             and the joined table included
 `bare` and `features` take turns, a thousand images each, so that other work on the machine slows

@@ -93,7 +93,8 @@ def extract(
 ) -> Features:
     """Class token, patch tokens' mean and deviation, of the last blocks, after the final norm.
 
-    The deviation tells how unlike the places of an image are, which a mean cannot.
+    The deviation tells how unlike the places of an image are, which a mean cannot. Each figure is
+    the mean over the image and its mirror image, which hold the same findings.
 
     Args:
         backbone: a timm vision transformer, in evaluation mode afterwards.
@@ -112,16 +113,25 @@ def extract(
     last_blocks = min(last_blocks, len(backbone.blocks))  # type: ignore[arg-type]
     rows = []
     for pixels in pixel_batches(images, mean_std or MEAN_STD[modality], px, device, batch_size):
-        layers = backbone.forward_intermediates(  # type: ignore[operator]
-            pixels, indices=last_blocks, return_prefix_tokens=True,
-            norm=True, output_fmt="NLC", intermediates_only=True,
-        )  # fmt: skip
-        tokens = [
-            torch.cat([prefix[:, 0], patches.mean(1), patches.std(1, correction=0)], 1)
-            for patches, prefix in layers
-        ]
-        rows.append(torch.cat(tokens, 1).float().cpu().numpy())
+        both = (
+            _tokens(backbone, pixels, last_blocks),
+            _tokens(backbone, pixels.flip(-1), last_blocks),
+        )
+        rows.append(((both[0] + both[1]) / 2).cpu().numpy())
     return np.concatenate(rows)
+
+
+def _tokens(backbone: nn.Module, pixels: Tensor, last_blocks: int) -> Tensor:
+    """Float32 [B, blocks * 3 * d] of images [B, 3, px, px]."""
+    layers = backbone.forward_intermediates(  # type: ignore[operator]
+        pixels, indices=last_blocks, return_prefix_tokens=True,
+        norm=True, output_fmt="NLC", intermediates_only=True,
+    )  # fmt: skip
+    parts = [
+        torch.cat([prefix[:, 0], patches.mean(1), patches.std(1, correction=0)], 1)
+        for patches, prefix in layers
+    ]
+    return torch.cat(parts, 1).float()
 
 
 def pixel_batches(

@@ -80,6 +80,19 @@ def test_features_do_not_depend_on_batching_and_take_three_tokens_of_each_block(
     assert whole == pytest.approx(parts, abs=1e-5)
 
 
+def test_an_image_and_its_mirror_image_have_the_same_features() -> None:
+    backbone = create_backbone(ModelConfig(options=TINY), 16)
+    images = phantoms().images[:7]
+    plain, mirrored = (
+        extract(backbone, rows, "dermatology", 16, last_blocks=2)
+        for rows in (images, images[:, :, ::-1])
+    )
+    assert mirrored == pytest.approx(plain, abs=1e-5)
+    assert extract(backbone, images[:, ::-1], "dermatology", 16, last_blocks=2) != pytest.approx(
+        plain, abs=1e-3
+    )
+
+
 def test_each_modality_counts_once_in_the_mean() -> None:
     row = {"accuracy": 0.5, "balanced_accuracy": 0.5}
     rows = {
