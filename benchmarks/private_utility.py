@@ -11,7 +11,7 @@ images at 64 px). Arms:
 
 All training runs through `fedmermed-server`. Measured on the test split: AUROC of a linear
 probe (strength chosen on val, class and mean patch tokens of the last three blocks), and of a
-20-nearest-neighbour vote; colour fundus on its single-source images only, as in seven_sites.py. A
+20-nearest-neighbour vote; colour fundus on its single-source images only, see real_images.py. A
 seed fixes weights, views and phantoms; what privacy draws comes from the operating system, so that
 private arms differ between runs.
 
@@ -25,7 +25,7 @@ import dataclasses
 import os
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,17 +33,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from seven_sites import LAST_BLOCKS, NEIGHBOURS, prepare, run_all, table, toml_text
+from real_images import ROOT, prepare, run_all, toml_text
+from scenario_measure import LAST_BLOCKS, NEIGHBOURS
 
 from core.checkpoint import read_json, write_json
 from core.config import load_recipe
 from core.evaluate import auroc, extract, knn_scores, labelled_tasks, probe_scores
 from core.export import Model, load_model
+from core.modalities import MODALITIES, TITLES
 from core.privacy.accounting import epsilon, noise_for, study_events
 from core.shards import Shard, write_shard
 from core.sites import open_sites
 
-ROOT = Path(__file__).resolve().parents[1]
 PRIVATE = ROOT / "configs" / "private.toml"
 PRETRAIN = ("--steps", "200", "--phantoms", "500")
 HOSPITALS = ("north", "south")
@@ -175,6 +176,22 @@ def _rows(model: Model, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
         probe = probe_scores(deep[0], train, deep[1], val, deep[2])
         vote = knn_scores(deep[0][:, -last:], train, deep[2][:, -last:], neighbours=NEIGHBOURS)
         yield task.name, {"probe_auroc": auroc(probe, test), "knn_auroc": auroc(vote, test)}
+
+
+def table(results: dict[str, dict[str, Any]], arms: Sequence[str], key: str) -> str:
+    """Markdown: a row a modality, a column an arm, mean over seeds and largest distance from it."""
+    arms = [arm for arm in arms if arm in results]
+    lines = ["| | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    names = [m for m in MODALITIES if m in next(iter(results[arms[0]].values()))]
+
+    def cell(arm: str, chosen: Sequence[str]) -> str:
+        values = [float(np.mean([rows[m][key] for m in chosen])) for rows in results[arm].values()]
+        spread = f" ± {np.max(np.abs(values - np.mean(values))):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}"
+
+    for title, chosen in {**{TITLES[m]: [m] for m in names}, "**mean**": names}.items():
+        lines.append(f"| {title} | " + " | ".join(cell(arm, chosen) for arm in arms) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:

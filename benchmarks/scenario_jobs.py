@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import competitors
-import seven_sites
+import real_images
 from federation_loop import changed
 
 from core.checkpoint import load_arrays, read_json, write_json
@@ -34,7 +34,7 @@ class Study:
 
     def __init__(self, data: Path, out: Path) -> None:
         self.data, self.out = data, out
-        self.recipe = load_recipe(seven_sites.RECIPE)
+        self.recipe = load_recipe(real_images.RECIPE)
         text = self.recipe.to_json()
         self.recipe_sha256 = hashlib.sha256(text.encode()).hexdigest()
 
@@ -101,21 +101,21 @@ def tuning_job(study: Study, arm: str, values: dict[str, Any], steps: int | None
 
 def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
     """Run what has no result yet: starts first, then the jobs, each on a processor of its own."""
-    seven_sites.prepare(study.data, study.out)
+    real_images.prepare(study.data, study.out)
     missing = [job for job in jobs if results_of(study, job) is None]
     if study.recipe.model.phantom_steps:
         seeds = sorted({job.seed for job in missing})
         absent = [seed for seed in seeds if not study.start_file(seed).exists()]
-        words = [sys.executable, str(START), str(seven_sites.RECIPE)]
+        words = [sys.executable, str(START), str(real_images.RECIPE)]
         starts = [[*words, str(seed), str(study.start_file(seed))] for seed in absent]
-        seven_sites.run_all(starts, processes)
+        real_images.run_all(starts, processes)
     commands = []
     for job in missing:
         file = study.out / "jobs" / f"{job.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, dataclasses.asdict(job))
         commands.append([sys.executable, str(RUN), str(file)])
-    seven_sites.run_all(commands, processes)
+    real_images.run_all(commands, processes)
 
 
 def results_of(study: Study, job: Job) -> dict[str, Any] | None:

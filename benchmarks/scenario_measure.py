@@ -1,7 +1,7 @@
 """What a backbone is worth: a linear probe on the test split, on the same draws of the same images.
 
-The probe learns from the train split and its strength is chosen on val, as in seven_sites.py; the
-test images' patients are drawn anew DRAWS times, the same draws for every arm, scenario and seed.
+The probe learns from the train split and its strength is chosen on val; the test images' patients
+are drawn anew DRAWS times, the same draws for every arm, scenario and seed.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@
 bytes: the records that server and site build, for the initial weights of three recipes and an
 update that moves every tensor by a thousandth of its norm; 64 prototypes of one modality up, of
 seven down. No file of pretrained weights is read.
-effect: three of the hospitals of configs/seven_sites.toml with their real images (seven_sites.py
+effect: three of the hospitals of configs/seven_sites.toml with their real images (real_images.py
 says which), 2 blocks of width 96, random first weights, 20 rounds of 3 steps, each way of sending.
 Measured: AUROC of the recipe's kNN vote on the validation split, on which nothing trains, the loss
 of the last round, and how far the last student is from that of float32, in units of the way which
@@ -29,7 +29,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from seven_sites import prepare
+from real_images import prepare
 
 from core.backbone import Network
 from core.checkpoint import Arrays

@@ -11,7 +11,7 @@ from core.phantoms import make_phantoms
 
 IN_ORDER = (
     *("federation_loop", "our_arms", "competitor_step", "competitor_dino", "competitor_mae"),
-    *("competitor_fedema", "competitors", "seven_sites", "scenario_sites", "scenario_measure"),
+    *("competitor_fedema", "competitors", "real_images", "scenario_sites", "scenario_measure"),
     *("scenario_jobs", "scenario_run", "scenario_tables", "scenarios"),
 )
 """Each imports only what stands before it."""

@@ -22,10 +22,10 @@ def study(bench, study_recipe, hospitals, tmp_path, monkeypatch):
             write_shard(tmp_path / "data" / modality / shard.name, shard)
     recipe_file = tmp_path / "recipe.toml"
     recipe_file.write_text(
-        bench.seven_sites.toml_text(study_recipe.model_dump(mode="json", exclude_none=True))
+        bench.real_images.toml_text(study_recipe.model_dump(mode="json", exclude_none=True))
     )
     assert load_recipe(recipe_file) == study_recipe
-    monkeypatch.setattr(bench.seven_sites, "RECIPE", recipe_file)
+    monkeypatch.setattr(bench.real_images, "RECIPE", recipe_file)
     monkeypatch.setattr(bench.scenarios, "RESULTS", tmp_path / "scenarios.json")
     return bench.scenario_jobs.Study(tmp_path / "data", tmp_path)
 
@@ -173,8 +173,8 @@ def test_all_jobs_of_a_seed_begin_as_the_product_does_heads_included(
     monkeypatch.setattr("core.pretrain.Pretraining", small)
     file = study.out / "phantoms.toml"
     table = recipe.model_dump(mode="json", exclude_none=True)
-    file.write_text(bench.seven_sites.toml_text(table))
-    monkeypatch.setattr(bench.seven_sites, "RECIPE", file)
+    file.write_text(bench.real_images.toml_text(table))
+    monkeypatch.setattr(bench.real_images, "RECIPE", file)
     begun = bench.scenario_jobs.Study(study.data, study.out)
     monkeypatch.setattr("sys.argv", ["", str(file), "5", begun.start(5)])
     load_benchmark("scenario_start").main()
@@ -203,7 +203,7 @@ def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
     words = ["--data", tmp_path / "npz", "--out", tmp_path / "out", "--seeds", 0, "--jobs", 1]
     words += ["--steps", 4, "--scenarios", "extreme", "--arms", "ours"]
     monkeypatch.setattr("sys.argv", ["scenarios.py", *map(str, words)])
-    monkeypatch.setenv("PYTHONPATH", str(bench.seven_sites.ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(bench.real_images.ROOT))
     bench.scenarios.main()
     measured = tmp_path / "out" / "measured" / "extreme-ours-4-0.json"
     first = measured.stat().st_mtime_ns
