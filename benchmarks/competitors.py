@@ -2,7 +2,13 @@
 
   ours               the recipe
   init, random       the start, untrained; random weights
+  pixels, hand_made  no network: the image shrunk to 16 x 16; histograms of oriented gradients, that
+                     thumbnail and the colours' histograms
   local, pooled      each site alone; all images on one machine, as many views a step
+  frozen             ours with a teacher that stays as it began, measured on the student
+  long_rounds, short_rounds
+                     ours with as many steps, in rounds of 10 times (two rounds at least) and of
+                     half as many steps
   without_prototypes, refilled, unweighted, rebuild, random_anchors, without_description,
   description_alone, without_memory, without_start
                      ours with one part taken out or replaced
@@ -46,17 +52,21 @@ from our_arms import (
     anchor,
     description_alone,
     fedprox,
+    frozen,
     ours,
     random_anchors,
     scaled,
     unweighted,
     with_recipe,
     without_memory,
+    without_network,
     without_start,
 )
 
 from core.checkpoint import read_json, write_json
 from core.errors import UserError
+from core.evaluation.baselines import HAND_MADE, PIXELS
+from core.evaluation.protocol import FeatureSource
 
 CHOSEN: Final = Path(__file__).with_suffix(".json")
 TUNING_SEED: Final = 1000
@@ -78,7 +88,11 @@ GRIDS: Final[Mapping[str, Mapping[str, Sequence[float]]]] = {
 """The values that are tried; each arm has TRIES of them in all."""
 DINO_PROTOTYPES: Final = 512
 
-UNTRAINED: Final = ("init", "random")
+WITHOUT_NETWORK: Final[Mapping[str, FeatureSource]] = {"pixels": PIXELS, "hand_made": HAND_MADE}
+"""Arms that are the same for every seed and need no start."""
+UNTRAINED: Final = ("init", "random", *WITHOUT_NETWORK)
+ROUND_LENGTHS: Final[Mapping[str, float]] = {"long_rounds": 10, "short_rounds": 0.5}
+"""Factors on the recipe's local steps."""
 FORGETTING: Final = ("anchor", "slow_teacher", "server_momentum", "rehearsal", "decay")
 """Arms that are ours until somebody has left."""
 STUDENT_OR_TEACHER: Final = ("no_memory", "dino", "mae", "fedema")
@@ -89,8 +103,13 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "ours": ours,
     "init": ours,
     "random": without_start,
+    "pixels": without_network,
+    "hand_made": without_network,
     "local": ours,
     "pooled": ours,
+    "frozen": frozen,
+    "long_rounds": ours,
+    "short_rounds": ours,
     "without_prototypes": lambda: with_recipe(federation={"prototypes_per_modality": 0}),
     "refilled": lambda: with_recipe(memory={"at_round_start": "refilled"}),
     "unweighted": unweighted,
@@ -120,7 +139,8 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
 def make_arm(name: str, values: Mapping[str, Any]) -> Arm:
     """The arm with its tuned values; `measured` among them says which network is the result."""
     numbers = {key: value for key, value in values.items() if key != "measured"}
-    return replace(ARMS[name](**numbers), measured=values.get("measured", "teacher"))
+    arm = ARMS[name](**numbers)
+    return replace(arm, measured=values.get("measured", arm.measured))
 
 
 def _slow_teacher(recipe: Any) -> Any:

@@ -56,6 +56,16 @@ def without_start() -> Arm:
     return with_recipe(model={"init_file": "", "phantom_steps": 0})
 
 
+def frozen() -> Arm:
+    """The teacher stays as it began, so the student is measured: what distillation alone gives."""
+    return replace(with_recipe(optim={"ema_momentum": 1.0}), measured="student")
+
+
+def without_network() -> Arm:
+    """No weights at all."""
+    return Arm(initial=lambda recipe: GlobalState(student={}, teacher={}))
+
+
 def random_anchors() -> Arm:
     """The memory keeps its first random vectors; so there are no prototypes either."""
 

@@ -77,19 +77,33 @@ class Job:
 def make_job(
     study: Study, scenario: str, arm: str, seed: int, steps: int | None, **options: Any
 ) -> Job:
-    """A job with the recipe of its seed and length: at least two rounds."""
+    """A job with the recipe of its seed and length: at least two rounds.
+
+    Arms with rounds of another length have as many steps as the others.
+    """
     values, tuned = competitors.chosen_values(arm, study.recipe_sha256)
     federation = study.recipe.federation
     local_steps, total = federation.local_steps, steps or study.recipe.total_steps
     rounds = max(2, total // local_steps)
+    local_steps = max(1, total // rounds)
+    if arm in competitors.ROUND_LENGTHS:
+        wanted = competitors.ROUND_LENGTHS[arm] * local_steps
+        rounds, local_steps = split_steps(rounds * local_steps, wanted)
     recipe = changed(
         study.recipe.model_copy(update={"seed": seed}),
         model={"phantom_steps": 0, "init_file": study.start(seed)},
-        federation={"rounds": rounds, "local_steps": max(1, total // rounds), "min_sites": 1},
+        federation={"rounds": rounds, "local_steps": local_steps, "min_sites": 1},
         evaluation={"every_rounds": 0},
     )
     job = Job(scenario, arm, seed, values, tuned, recipe.to_json())
     return dataclasses.replace(job, **options)
+
+
+def split_steps(total: int, wanted: float) -> tuple[int, int]:
+    """Rounds, two at least, and steps of each, of `total`; the steps nearest to `wanted`."""
+    divisors = [rounds for rounds in range(2, total + 1) if total % rounds == 0]
+    rounds = min(divisors, key=lambda rounds: abs(total // rounds - wanted))
+    return rounds, total // rounds
 
 
 def tuning_job(study: Study, arm: str, values: dict[str, Any], steps: int | None) -> Job:
@@ -104,7 +118,7 @@ def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
     real_images.prepare(study.data, study.out)
     missing = [job for job in jobs if results_of(study, job) is None]
     if study.recipe.model.phantom_steps:
-        seeds = sorted({job.seed for job in missing})
+        seeds = sorted({job.seed for job in missing if job.arm not in competitors.WITHOUT_NETWORK})
         absent = [seed for seed in seeds if not study.start_file(seed).exists()]
         words = [sys.executable, str(START), str(real_images.RECIPE)]
         starts = [[*words, str(seed), str(study.start_file(seed))] for seed in absent]

@@ -1,4 +1,4 @@
-"""What a backbone is worth: a linear probe on the test split, on the same draws of the same images.
+"""What features are worth: a linear probe on the test split, on the same draws of the same images.
 
 The probe learns from the train split and its strength is chosen on val; the test images' patients
 are drawn anew DRAWS times, the same draws for every arm, scenario and seed.
@@ -16,8 +16,9 @@ from torch import nn
 from core.backbone import BACKBONE, create_backbone, use_plain_attention
 from core.checkpoint import Arrays
 from core.config import Recipe
-from core.evaluate import Task, auroc, extract, fit_probe, knn_scores
+from core.evaluate import Features, Task, auroc, extract, fit_probe, knn_scores, measures
 from core.evaluation.intervals import Resampled, draw_weights, resample
+from core.evaluation.protocol import FeatureSource
 from core.evaluation.types import Prediction
 from core.randomness import numpy_generator
 
@@ -28,7 +29,7 @@ NEIGHBOURS: Final = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """One backbone on one modality."""
+    """One source of features on one modality."""
 
     test: Resampled
     """AUROC of the probe and its draws."""
@@ -36,6 +37,8 @@ class Measured:
     """The same on the split that chose its strength; all that tuning sees."""
     knn: float
     """AUROC of a vote on the test split."""
+    knn_accuracy: float
+    """Share of the test split that the vote gets right."""
 
 
 def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
@@ -51,24 +54,31 @@ def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
     return backbone
 
 
+def of_network(recipe: Recipe, arrays: Arrays) -> FeatureSource:
+    """The features of a network: its backbone's last blocks."""
+    backbone, px = backbone_of(recipe, arrays), recipe.views.global_px
+    blocks = min(LAST_BLOCKS, len(backbone.blocks))  # type: ignore[arg-type]
+
+    def features(task: Task, indices: NDArray[np.int64]) -> Features:
+        return extract(backbone, task.shard.images[indices], task.name, px, last_blocks=blocks)
+
+    return FeatureSource("network", features, blocks)
+
+
 def measure(
-    backbone: nn.Module, tasks: Sequence[Task], px: int, *, test: bool = True
+    source: FeatureSource, tasks: Sequence[Task], *, test: bool = True
 ) -> dict[str, Measured]:
-    """Modality -> what the backbone is worth.
+    """Modality -> what the features are worth.
 
     Args:
-        backbone: a timm vision transformer.
+        source: where they come from; the vote sees the last block's.
         tasks: one a modality.
-        px: side of its images.
         test: False leaves the test split alone: its figures are those of val.
     """
     rows = {}
     for task in tasks:
         asked = task.test if test else task.val
-        features = [
-            extract(backbone, task.shard.images[i], task.name, px, last_blocks=LAST_BLOCKS)
-            for i in (task.train, task.val, asked)
-        ]
+        features = [source.extract(task, i) for i in (task.train, task.val, asked)]
         train, val, labels = (task.labels(i) for i in (task.train, task.val, asked))
         scale, probe = fit_probe(features[0], train, features[1], val)
         classes = len(task.shard.classes[task.name])
@@ -80,14 +90,16 @@ def measure(
             full[:, probe.classes_] = probe.predict_proba(scale.transform(part))
             return full
 
-        last = features[0].shape[1] // LAST_BLOCKS
+        last = features[0].shape[1] // source.blocks
         votes = knn_scores(
             features[0][:, -last:], train, features[2][:, -last:], neighbours=NEIGHBOURS
         )
+        vote = measures(votes, labels)
         rows[task.name] = Measured(
             _resampled(task, asked, scores(features[2])),
             auroc(scores(features[1]), val),
-            auroc(votes, labels),
+            vote["auroc"],
+            vote["accuracy"],
         )
     return rows
 
@@ -119,4 +131,5 @@ def _mean(rows: Sequence[Measured]) -> Measured:
         ),
         float(np.mean([row.val for row in rows])),
         float(np.mean([row.knn for row in rows])),
+        float(np.mean([row.knn_accuracy for row in rows])),
     )

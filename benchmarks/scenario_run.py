@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from federation_loop import Arm, Federation, changed, federate
 from scenario_jobs import Job
-from scenario_measure import Measured, backbone_of, mean_of, measure
+from scenario_measure import Measured, mean_of, measure, of_network
 from scenario_sites import Scenario, Sites, build
 
 from core.checkpoint import read_json, save_arrays, write_json
@@ -52,10 +52,11 @@ class Meter:
         self, state: GlobalState, network: str, held: Sequence[str]
     ) -> dict[str, Measured]:
         began = time.process_time()
-        backbone = backbone_of(self.recipe, getattr(state, network))
+        source = competitors.WITHOUT_NETWORK.get(self.job.arm)
+        if source is None:
+            source = of_network(self.recipe, getattr(state, network))
         tasks = [task for task in self.tasks if not held or task.name in held]
-        px = self.recipe.views.global_px
-        rows = measure(backbone, tasks, px, test=not self.job.tuning)
+        rows = measure(source, tasks, test=not self.job.tuning)
         self.cpu_seconds += time.process_time() - began
         self.count += 1
         return rows
@@ -174,7 +175,13 @@ def _write(job: Job, out: Path, meter: Meter, federations: Sequence[Federation])
     for moment, parts in meter.found.items():
         rows = mean_of(parts)
         result[moment] = {
-            name: {"auroc": m.test.value, "freedom": m.test.freedom, "val": m.val, "knn": m.knn}
+            name: {
+                "auroc": m.test.value,
+                "freedom": m.test.freedom,
+                "val": m.val,
+                "knn": m.knn,
+                "knn_accuracy": m.knn_accuracy,
+            }
             for name, m in rows.items()
         }
         arrays |= {f"{moment}/{name}": m.test.draws.astype(np.float32) for name, m in rows.items()}

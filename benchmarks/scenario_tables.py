@@ -1,4 +1,4 @@
-"""Tables of the study: AUROC by modality, differences to ours with intervals, forgetting, time.
+"""Tables of the study: AUROC, differences to ours with intervals, votes, forgetting, time.
 
 An interval is the middle 95 % of draws of the test images' patients and of the seeds, the same
 draws for both arms (core.evaluation.intervals.compare). Three seeds are few: what another seed
@@ -72,13 +72,35 @@ def arms_table(arms: Mapping[str, Draws], notes: Mapping[str, str]) -> str:
             for m in names
         ]
         means = [float(np.mean([r.value for r in rows.values()])) for rows in draws.values()]
-        spread = f" ± {np.max(np.abs(means - np.mean(means))):.3f}" if len(means) > 1 else ""
         less = ""
         if arm != "ours" and set(draws) & set(arms.get("ours", ())):
             less = shown(differences(draws, arms["ours"])[MEAN])
-        cells += [f"{np.mean(means):.3f}{spread}", less, notes.get(arm, "")]
+        cells += [_with_spread(means), less, notes.get(arm, "")]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def votes_table(arms: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Accuracy of a vote: a row an arm, a column a modality, mean and largest distance from it.
+
+    Args:
+        arms: arm -> for each seed modality -> accuracy.
+    """
+    names = [m for m in MODALITIES if any(m in row for rows in arms.values() for row in rows)]
+    heads = ["arm", *(TITLES[m] for m in names), "mean"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm, rows in arms.items():
+        cells = [_with_spread([row[m] for row in rows if m in row]) for m in names]
+        cells.append(_with_spread([float(np.mean(list(row.values()))) for row in rows]))
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.max(np.abs(values - np.mean(values))):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def change_table(

@@ -36,6 +36,7 @@ from scenario_tables import (
     change_table,
     differences,
     time_table,
+    votes_table,
 )
 
 from core.checkpoint import read_json, write_json
@@ -76,6 +77,18 @@ def draws(study: Study, done: Done, moment: str) -> dict[str, Draws]:
     return {arm: {j.seed: draws_of(study, j, moment) for j, _ in r} for arm, r in done.items()}
 
 
+def votes(done: Done) -> dict[str, list[dict[str, float]]]:
+    """Arm -> for each job modality -> accuracy of the vote.
+
+    Arms whose results are older than this figure are left out.
+    """
+    return {
+        arm: [{m: row["knn_accuracy"] for m, row in r["end"].items()} for _, r in pairs]
+        for arm, pairs in done.items()
+        if all("knn_accuracy" in row for _, r in pairs for row in r["end"].values())
+    }
+
+
 def report(study: Study, jobs: Sequence[Job]) -> None:
     """Print all tables and add the figures to RESULTS."""
     facts = {"recipe_sha256": study.recipe_sha256, "torch": torch.__version__}
@@ -91,6 +104,7 @@ def report(study: Study, jobs: Sequence[Job]) -> None:
             continue
         end = draws(study, done, "end")
         print(f"\n### {scenario}, {steps} steps a site\n\n{arms_table(end, notes(done))}")
+        print(f"\nkNN accuracy, 20 neighbours\n\n{votes_table(votes(done))}")
         if scenario in CHANGING:
             extreme = by_arm(study, groups.get(("extreme", steps), []))
             stayed, half = draws(study, extreme, "end"), draws(study, done, "half")

@@ -69,7 +69,9 @@ def test_the_loss_of_a_competitor_falls_in_a_few_steps_and_its_gradient_is_finit
 
 def test_every_arm_federates_two_rounds_with_finite_weights(bench, study_recipe, hospitals):
     recipe = bench.federation_loop.changed(study_recipe, federation={"local_steps": 1})
-    for name in set(bench.competitors.ARMS) - {"init", "local", "pooled", "rehearsal"}:
+    elsewhere = {"init", "local", "pooled", "rehearsal", *bench.competitors.WITHOUT_NETWORK}
+    elsewhere |= set(bench.competitors.ROUND_LENGTHS)
+    for name in set(bench.competitors.ARMS) - elsewhere:
         values, _ = bench.competitors.chosen_values(name, "no such recipe")
         arm = bench.competitors.make_arm(name, values)
         federation = rounds(bench, recipe, hospitals, arm)
@@ -169,6 +171,21 @@ def test_fedema_sites_train_from_the_global_weights_first_and_then_from_between(
     at_site(study_recipe, sent, [], private, **options)
     assert [float(s.student["backbone.w"][0]) for s in starts] == pytest.approx([1.0, 1.7])
     assert [float(s.teacher["backbone.w"][0]) for s in starts] == [1.0, 9.0]  # its own target
+
+
+def test_a_frozen_teacher_stays_bit_for_bit_and_the_student_that_is_measured_moves(
+    bench, study_recipe, hospitals
+):
+    arm = bench.competitors.make_arm("frozen", {})
+    assert arm.measured == "student"
+    start = bench.federation_loop.initial_state(study_recipe)
+    end = rounds(bench, study_recipe, hospitals, arm).state
+    assert end.teacher.keys() == start.teacher.keys()
+    assert all(np.array_equal(end.teacher[n], start.teacher[n]) for n in start.teacher)
+    plain = rounds(bench, study_recipe, hospitals, bench.our_arms.ours()).state
+    name = "backbone.blocks.0.mlp.fc1.weight"
+    assert not np.array_equal(plain.teacher[name], start.teacher[name])
+    assert not np.array_equal(end.student[name], start.student[name])
 
 
 def distance(federation, start):

@@ -8,6 +8,8 @@ import pytest
 
 from core.checkpoint import read_json, save_arrays, write_json
 from core.config import load_recipe
+from core.evaluate import auroc, knn_scores, labelled_tasks, measures, probe_scores
+from core.evaluation.baselines import hand_made
 from core.evaluation.intervals import Resampled
 from core.initial import initial_state
 from core.pretrain import Pretraining
@@ -51,6 +53,10 @@ def test_a_job_leaves_what_tables_need_and_counts_for_itself_alone(bench, study,
     printed = capsys.readouterr().out
     assert "| rehearsal | ultrasound |" in printed
     assert "### leaving, 4 steps a site" in printed
+    accuracies = [row["knn_accuracy"] for row in kept["rehearsal"]["0"]["end"].values()]
+    votes = printed.partition("kNN accuracy")[2].splitlines()
+    row = next(line for line in votes if line.startswith("| rehearsal |"))
+    assert row.endswith(f"| {np.mean(accuracies):.3f} |")
 
 
 def test_a_try_measures_both_networks_on_val_and_nothing_on_test(bench, study, hospitals):
@@ -122,6 +128,71 @@ def test_arms_against_forgetting_run_where_somebody_leaves_alone(bench, study):
     ]  # fmt: skip
     assert not jobs[-1].tuned
     assert len({job.name for job in jobs}) == 3
+
+
+def test_hand_made_features_need_no_weights_and_go_through_the_same_probe_and_vote(
+    bench, study, hospitals
+):
+    jobs = bench.scenarios.plan(study, ["extreme"], ["hand_made"], [0, 1], [4])
+    for job in jobs:
+        bench.scenario_run.execute(job, {"us": hospitals["us"]}, study.out)
+    first, second = (bench.scenario_jobs.results_of(study, job) for job in jobs)
+    assert first["end"] == second["end"]
+    assert first["site_steps"] == 0
+    (task,) = labelled_tasks(hospitals["us"])
+    features = [hand_made(task, i) for i in (task.train, task.val, task.test)]
+    train, val, test = (task.labels(i) for i in (task.train, task.val, task.test))
+    probe = probe_scores(features[0], train, features[1], val, features[2])
+    vote = measures(knn_scores(features[0], train, features[2], neighbours=20), test)
+    found = first["end"]["us"]
+    assert found["auroc"] == pytest.approx(auroc(probe, test))
+    assert (found["knn"], found["knn_accuracy"]) == (vote["auroc"], vote["accuracy"])
+
+
+def test_only_arms_with_a_network_have_a_start_made(bench, study, study_recipe, monkeypatch):
+    study.recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 1})
+    commands = []
+    monkeypatch.setattr(bench.real_images, "prepare", lambda data, out: {})
+    monkeypatch.setattr(bench.real_images, "run_all", lambda some, jobs: commands.extend(some))
+    for arm, programs in (
+        ("pixels", ["scenario_run.py"]), ("ours", ["scenario_start.py", "scenario_run.py"])
+    ):  # fmt: skip
+        commands.clear()
+        jobs = bench.scenarios.plan(study, ["extreme"], [arm], [0], [4])
+        bench.scenario_jobs.run_jobs(study, jobs, 1)
+        assert [words[1].rpartition("/")[2] for words in commands] == programs
+
+
+def test_long_and_short_rounds_have_the_same_number_of_steps(bench, study):
+    arms = ["ours", "long_rounds", "short_rounds"]
+    for steps, expected in (
+        (80, [(40, 2), (4, 20), (80, 1)]),
+        (24, [(12, 2), (2, 12), (24, 1)]),  # 10 times 2 do not divide 24, nor leave two rounds
+        (30, [(15, 2), (2, 15), (30, 1)]),
+    ):
+        jobs = bench.scenarios.plan(study, ["extreme"], arms, [0], [steps])
+        federations = [bench.scenario_run.recipe_from_json(j.recipe, "").federation for j in jobs]
+        assert [(f.rounds, f.local_steps) for f in federations] == expected
+        assert [job.name for job in jobs] == [f"extreme-{arm}-{steps}-0" for arm in arms]
+
+
+def test_votes_are_shown_with_the_largest_distance_from_their_mean(bench):
+    rows = {
+        "ours": [{"us": 0.5, "ct": 0.9}, {"us": 0.6, "ct": 0.9}, {"us": 1.0, "ct": 0.9}],
+        "local": [{"us": 0.5}],
+    }
+    lines = bench.scenario_tables.votes_table(rows).splitlines()
+    assert lines[0] == "| arm | CT | ultrasound | mean |"
+    assert lines[2:] == [
+        "| ours | 0.900 ± 0.000 | 0.700 ± 0.300 | 0.800 ± 0.150 |",
+        "| local |  | 0.500 | 0.500 |",
+    ]
+
+
+def test_an_arm_measured_before_votes_were_counted_has_no_row_of_them(bench):
+    older, newer = {"end": {"us": {"knn": 0.5}}}, {"end": {"us": {"knn_accuracy": 0.5}}}
+    done = {"ours": [(None, newer), (None, older)], "local": [(None, newer)]}
+    assert bench.scenarios.votes(done) == {"local": [{"us": 0.5}]}
 
 
 def resampled(value, generator, noise):
