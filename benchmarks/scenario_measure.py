@@ -25,6 +25,8 @@ from core.randomness import numpy_generator
 DRAWS: Final = 1000
 LAST_BLOCKS: Final = 3
 NEIGHBOURS: Final = 20
+IMAGES_A_PASS: Final = 32
+"""So that more of the activations stay in a core's cache; the features are the same bits."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ def of_network(recipe: Recipe, arrays: Arrays) -> FeatureSource:
     blocks = min(LAST_BLOCKS, len(backbone.blocks))  # type: ignore[arg-type]
 
     def features(task: Task, indices: NDArray[np.int64]) -> Features:
-        return extract(backbone, task.shard.images[indices], task.name, px, last_blocks=blocks)
+        images = task.shard.images[indices]
+        return extract(
+            backbone, images, task.name, px, last_blocks=blocks, batch_size=IMAGES_A_PASS
+        )
 
     return FeatureSource("network", features, blocks)
 
