@@ -31,8 +31,8 @@ class Pretraining:
     """How long and on what."""
 
     steps: int = 400
-    phantoms: int = 2000
-    """Different pictures of each modality."""
+    phantoms: int | None = None
+    """Different pictures of each modality; without it five for two steps, each seen three times."""
     batch_size: int = 56
     """Pictures a step, split evenly over the modalities; each gives two views."""
     learning_rate: float = 1.5e-3
@@ -119,9 +119,10 @@ def _start(recipe: Recipe) -> Network:
 
 def _pictures(recipe: Recipe, settings: Pretraining, name: str) -> Tensor:
     """uint8 [N, C, px, px]: a patient each, so that no two share their anatomy."""
+    enough = max(USUAL_PICTURES, settings.steps * 5 // 2)
     shard = make_phantoms(
         name,
-        patients=settings.phantoms,
+        patients=settings.phantoms or enough,
         images_per_patient=1,
         px=recipe.views.global_px,
         seed=recipe.seed,
