@@ -1,7 +1,7 @@
 """What feature extraction costs beyond the network: rates against a bare forward loop.
 
 Three ways over the same random images of 64 px, on the same backbone and batches:
-  bare      backbone(batch) on normalised tensors that are already in memory
+  bare      backbone(batch) and backbone(mirrored batch) on normalised tensors, already in memory
   features  core.evaluation.models.features on a memory-mapped shard: read, convert, normalise,
             forward of the images and their mirror images, tokens of the last three blocks
   embed     core.evaluation.embed on the shard, to an .npz file: hashes of model and data, parts
@@ -67,6 +67,7 @@ def random_shard(directory: Path, count: int) -> Shard:
 def bare(loaded: LoadedModel, batches: list[torch.Tensor]) -> None:
     for batch in batches:
         loaded.model.backbone(batch)
+        loaded.model.backbone(batch.flip(-1))
 
 
 def measure(loaded: LoadedModel, count: int, home: Path) -> dict[str, Stopwatch]:

@@ -16,10 +16,20 @@ from torch import nn
 from core.backbone import BACKBONE, create_backbone, use_plain_attention
 from core.checkpoint import Arrays
 from core.config import Recipe
-from core.evaluate import Features, Task, auroc, extract, fit_probe, knn_scores, measures
+from core.evaluate import (
+    Features,
+    Task,
+    auroc,
+    block_tokens,
+    fit_probe,
+    knn_scores,
+    measures,
+    pixel_batches,
+)
 from core.evaluation.intervals import Resampled, draw_weights, resample
 from core.evaluation.protocol import FeatureSource
 from core.evaluation.types import Prediction
+from core.modalities import MEAN_STD
 from core.randomness import numpy_generator
 
 DRAWS: Final = 1000
@@ -41,6 +51,8 @@ class Measured:
     """AUROC of a vote on the test split."""
     knn_accuracy: float
     """Share of the test split that the vote gets right."""
+    standard: Resampled
+    """As `test`, of a probe on class and mean patch tokens of the image alone, as is usual."""
 
 
 def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
@@ -56,27 +68,45 @@ def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
     return backbone
 
 
-def of_network(recipe: Recipe, arrays: Arrays) -> FeatureSource:
-    """The features of a network: its backbone's last blocks."""
-    backbone, px = backbone_of(recipe, arrays), recipe.views.global_px
+def of_network(recipe: Recipe, arrays: Arrays) -> tuple[FeatureSource, FeatureSource]:
+    """What `extract` takes of a network, and the usual: class and mean patch tokens, not mirrored.
+
+    One pass through the network serves both.
+    """
+    backbone, px = backbone_of(recipe, arrays).eval(), recipe.views.global_px
     blocks = min(LAST_BLOCKS, len(backbone.blocks))  # type: ignore[arg-type]
+    found: dict[tuple[str, bytes], tuple[Features, Features]] = {}
 
-    def features(task: Task, indices: NDArray[np.int64]) -> Features:
-        images = task.shard.images[indices]
-        return extract(
-            backbone, images, task.name, px, last_blocks=blocks, batch_size=IMAGES_A_PASS
-        )
+    @torch.inference_mode()
+    def both(task: Task, indices: NDArray[np.int64]) -> tuple[Features, Features]:
+        key = (task.name, indices.tobytes())
+        if key not in found:
+            statistics, device = MEAN_STD[task.name], torch.device("cpu")
+            images = task.shard.images[indices]
+            rows = []
+            for pixels in pixel_batches(images, statistics, px, device, IMAGES_A_PASS):
+                ahead = block_tokens(backbone, pixels, blocks)
+                mirrored = block_tokens(backbone, pixels.flip(-1), blocks)
+                usual = ahead.unflatten(1, (blocks, 3, -1))[:, :, :2].flatten(1)
+                rows.append(((ahead + mirrored) / 2, usual))
+            full, standard = (torch.cat(part).numpy() for part in zip(*rows, strict=True))
+            found[key] = full, standard
+        return found[key]
 
-    return FeatureSource("network", features, blocks)
+    return (
+        FeatureSource("network", lambda task, indices: both(task, indices)[0], blocks),
+        FeatureSource("standard", lambda task, indices: both(task, indices)[1], blocks),
+    )
 
 
 def measure(
-    source: FeatureSource, tasks: Sequence[Task], *, test: bool = True
+    source: FeatureSource, standard: FeatureSource, tasks: Sequence[Task], *, test: bool = True
 ) -> dict[str, Measured]:
     """Modality -> what the features are worth.
 
     Args:
         source: where they come from; the vote sees the last block's.
+        standard: where the usual ones come from.
         tasks: one a modality.
         test: False leaves the test split alone: its figures are those of val.
     """
@@ -84,29 +114,33 @@ def measure(
     for task in tasks:
         asked = task.test if test else task.val
         features = [source.extract(task, i) for i in (task.train, task.val, asked)]
-        train, val, labels = (task.labels(i) for i in (task.train, task.val, asked))
-        scale, probe = fit_probe(features[0], train, features[1], val)
-        classes = len(task.shard.classes[task.name])
-
-        def scores(
-            part: NDArray[np.float32], scale=scale, probe=probe, classes=classes
-        ) -> NDArray[np.float64]:
-            full = np.zeros((len(part), classes))
-            full[:, probe.classes_] = probe.predict_proba(scale.transform(part))
-            return full
-
+        usual = [standard.extract(task, i) for i in (task.train, task.val, asked)]
         last = features[0].shape[1] // source.blocks
         votes = knn_scores(
-            features[0][:, -last:], train, features[2][:, -last:], neighbours=NEIGHBOURS
-        )
-        vote = measures(votes, labels)
+            features[0][:, -last:], task.labels(task.train), features[2][:, -last:],
+            neighbours=NEIGHBOURS,
+        )  # fmt: skip
+        vote = measures(votes, task.labels(asked))
+        val, probe = _probe(task, asked, features)
         rows[task.name] = Measured(
-            _resampled(task, asked, scores(features[2])),
-            auroc(scores(features[1]), val),
-            vote["auroc"],
-            vote["accuracy"],
+            probe, val, vote["auroc"], vote["accuracy"], _probe(task, asked, usual)[1]
         )
     return rows
+
+
+def _probe(
+    task: Task, asked: NDArray[np.int64], features: Sequence[Features]
+) -> tuple[float, Resampled]:
+    """AUROC of a probe on val, and on the asked split with its draws."""
+    train, val = task.labels(task.train), task.labels(task.val)
+    scale, probe = fit_probe(features[0], train, features[1], val)
+
+    def scores(part: Features) -> NDArray[np.float64]:
+        full = np.zeros((len(part), len(task.shard.classes[task.name])))
+        full[:, probe.classes_] = probe.predict_proba(scale.transform(part))
+        return full
+
+    return auroc(scores(features[1]), val), _resampled(task, asked, scores(features[2]))
 
 
 def _resampled(task: Task, indices: NDArray[np.int64], scores: NDArray[np.float64]) -> Resampled:
@@ -127,14 +161,18 @@ def mean_of(parts: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
 
 
 def _mean(rows: Sequence[Measured]) -> Measured:
-    tests = [row.test for row in rows]
     return Measured(
-        Resampled(
-            float(np.mean([t.value for t in tests])),
-            np.mean([t.draws for t in tests], axis=0),
-            tests[0].freedom,  # of the test set's patients, the same for all
-        ),
+        _mean_draws([row.test for row in rows]),
         float(np.mean([row.val for row in rows])),
         float(np.mean([row.knn for row in rows])),
         float(np.mean([row.knn_accuracy for row in rows])),
+        _mean_draws([row.standard for row in rows]),
+    )
+
+
+def _mean_draws(parts: Sequence[Resampled]) -> Resampled:
+    return Resampled(
+        float(np.mean([part.value for part in parts])),
+        np.mean([part.draws for part in parts], axis=0),
+        parts[0].freedom,  # of the test set's patients, the same for all
     )

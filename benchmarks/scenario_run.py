@@ -53,10 +53,9 @@ class Meter:
     ) -> dict[str, Measured]:
         began = time.process_time()
         source = competitors.WITHOUT_NETWORK.get(self.job.arm)
-        if source is None:
-            source = of_network(self.recipe, getattr(state, network))
+        sources = (source, source) if source else of_network(self.recipe, getattr(state, network))
         tasks = [task for task in self.tasks if not held or task.name in held]
-        rows = measure(source, tasks, test=not self.job.tuning)
+        rows = measure(*sources, tasks, test=not self.job.tuning)
         self.cpu_seconds += time.process_time() - began
         self.count += 1
         return rows
@@ -184,7 +183,13 @@ def _write(job: Job, out: Path, meter: Meter, federations: Sequence[Federation])
             }
             for name, m in rows.items()
         }
-        arrays |= {f"{moment}/{name}": m.test.draws.astype(np.float32) for name, m in rows.items()}
+        result[f"{moment}_standard"] = {
+            name: {"auroc": m.standard.value, "freedom": m.standard.freedom}
+            for name, m in rows.items()
+        }
+        for name, m in rows.items():
+            arrays[f"{moment}/{name}"] = m.test.draws.astype(np.float32)
+            arrays[f"{moment}_standard/{name}"] = m.standard.draws.astype(np.float32)
     (out / "measured").mkdir(exist_ok=True)
     save_arrays(out / "measured" / f"{job.name}.safetensors", arrays)
     write_json(out / "measured" / f"{job.name}.json", result)

@@ -15,7 +15,7 @@ Arms are in competitors.py; those against forgetting run in `leaving` alone. Wit
 arms see as many views (`local`: each site in every round).
 
 Run: python benchmarks/scenarios.py --data DIR [--out DIR] [--seeds 0 1 2] [--jobs 2]
-     [--scenarios ...] [--arms ...] [--steps N ...] [--pretend]
+     [--scenarios ...] [--arms ...] [--steps N ...] [--plots DIR] [--pretend]
 It resumes after a kill, which loses the jobs that run; each job is pinned to one processor, so a
 seed gives the same bits again. Adds to benchmarks/scenarios.json and prints tables in Markdown.
 """
@@ -29,6 +29,7 @@ from typing import Any, Final
 import competitors
 import torch
 from scenario_jobs import Job, Study, draws_of, make_job, results_of, run_jobs
+from scenario_plot import draw_arms
 from scenario_sites import JOINING, LEAVING, SCENARIOS
 from scenario_tables import (
     Draws,
@@ -89,8 +90,8 @@ def votes(done: Done) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def report(study: Study, jobs: Sequence[Job]) -> None:
-    """Print all tables and add the figures to RESULTS."""
+def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None:
+    """Print all tables, add the figures to RESULTS, draw a picture a scenario."""
     facts = {"recipe_sha256": study.recipe_sha256, "torch": torch.__version__}
     results: dict[str, Any] = {}
     if RESULTS.exists() and (kept := read_json(RESULTS))["recipe_sha256"] == study.recipe_sha256:
@@ -103,8 +104,12 @@ def report(study: Study, jobs: Sequence[Job]) -> None:
         if not (done := by_arm(study, chosen)):
             continue
         end = draws(study, done, "end")
+        usual = draws(study, done, "end_standard")
         print(f"\n### {scenario}, {steps} steps a site\n\n{arms_table(end, notes(done))}")
+        print(f"\nClass and mean patch tokens, not mirrored\n\n{arms_table(usual, {})}")
         print(f"\nkNN accuracy, 20 neighbours\n\n{votes_table(votes(done))}")
+        if plots and "ours" in end:
+            draw_arms(plots / f"{scenario}.svg", f"{scenario}, {steps} steps a site", end)
         if scenario in CHANGING:
             extreme = by_arm(study, groups.get(("extreme", steps), []))
             stayed, half = draws(study, extreme, "end"), draws(study, done, "half")
@@ -112,11 +117,12 @@ def report(study: Study, jobs: Sequence[Job]) -> None:
         rows = results.setdefault(scenario, {}).setdefault(str(steps), {})
         for arm, pairs in done.items():
             rows[arm] = rows.get(arm, {}) | {str(job.seed): row(job, r) for job, r in pairs}
-            if arm != "ours" and set(end[arm]) & set(end.get("ours", ())):
-                found = differences(end[arm], end["ours"])
-                rows[arm]["less_ours"] = {
-                    name: [c.difference, c.low, c.high, c.p] for name, c in found.items()
-                }
+            for key, probe in (("less_ours", end), ("less_ours_standard", usual)):
+                if arm != "ours" and set(probe[arm]) & set(probe.get("ours", ())):
+                    found = differences(probe[arm], probe["ours"])
+                    rows[arm][key] = {
+                        name: [c.difference, c.low, c.high, c.p] for name, c in found.items()
+                    }
             times.setdefault(arm, []).extend(result for _, result in pairs)
     write_json(RESULTS, facts | {"results": results})
     if times:
@@ -125,7 +131,16 @@ def report(study: Study, jobs: Sequence[Job]) -> None:
 
 def row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
     """What RESULTS keeps of a job."""
-    kept = ("half", "end", "cpu_train", "cpu_measure", "site_steps", "held")
+    kept = (
+        "half",
+        "end",
+        "half_standard",
+        "end_standard",
+        "cpu_train",
+        "cpu_measure",
+        "site_steps",
+        "held",
+    )
     counts = {key: len(result[key]) for key in ("outliers", "rejected")}
     return {key: result[key] for key in kept} | counts | {"values": job.values, "tuned": job.tuned}
 
@@ -149,6 +164,7 @@ def main() -> None:
     arms = list(competitors.ARMS)
     parser.add_argument("--arms", nargs="+", default=arms, choices=arms)
     parser.add_argument("--steps", type=int, nargs="+", default=[None], help="of a site")
+    parser.add_argument("--plots", type=Path, help="directory for a picture a scenario")
     parser.add_argument("--pretend", action="store_true", help="only say what would run")
     arguments = parser.parse_args()
     study = Study(arguments.data, arguments.out.resolve())
@@ -159,7 +175,7 @@ def main() -> None:
             print(f"{state}: {job.name} {job.values or ''}{'' if job.tuned else ' not tuned'}")
         return
     run_jobs(study, jobs, arguments.jobs)
-    report(study, jobs)
+    report(study, jobs, arguments.plots)
 
 
 if __name__ == "__main__":

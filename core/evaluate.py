@@ -113,16 +113,13 @@ def extract(
     last_blocks = min(last_blocks, len(backbone.blocks))  # type: ignore[arg-type]
     rows = []
     for pixels in pixel_batches(images, mean_std or MEAN_STD[modality], px, device, batch_size):
-        both = (
-            _tokens(backbone, pixels, last_blocks),
-            _tokens(backbone, pixels.flip(-1), last_blocks),
-        )
+        both = [block_tokens(backbone, p, last_blocks) for p in (pixels, pixels.flip(-1))]
         rows.append(((both[0] + both[1]) / 2).cpu().numpy())
     return np.concatenate(rows)
 
 
-def _tokens(backbone: nn.Module, pixels: Tensor, last_blocks: int) -> Tensor:
-    """Float32 [B, blocks * 3 * d] of images [B, 3, px, px]."""
+def block_tokens(backbone: nn.Module, pixels: Tensor, last_blocks: int) -> Tensor:
+    """What `extract` takes of one view, float32 [B, blocks * 3 * d], of images [B, 3, px, px]."""
     layers = backbone.forward_intermediates(  # type: ignore[operator]
         pixels, indices=last_blocks, return_prefix_tokens=True,
         norm=True, output_fmt="NLC", intermediates_only=True,

@@ -286,3 +286,17 @@ def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
     capsys.readouterr()
     bench.scenarios.main()
     assert capsys.readouterr().out.startswith("done: extreme-ours-4-0")
+
+
+def test_the_picture_shows_every_arm_and_is_the_same_each_time(bench, tmp_path):
+    generator = np.random.default_rng(0)
+    arms = {
+        name: {seed: {"us": resampled(value + seed / 100, generator, 0.0)} for seed in (0, 1)}
+        for name, value in {"ours": 0.8, "local": 0.7}.items()
+    }
+    files = [tmp_path / name for name in ("first.svg", "again.svg")]
+    for file in files:
+        bench.scenario_plot.draw_arms(file, "extreme", arms)
+    first, again = (file.read_text() for file in files)
+    assert first == again
+    assert all(f"<!-- {arm} -->" in first for arm in arms)
