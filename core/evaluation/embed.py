@@ -37,6 +37,9 @@ FORMATS: Final = (".npz", ".parquet")
 PIXELS_A_PART: Final = 4096 * 64**2
 """As much work a part at any input size, but no less than 256 images: what a kill loses."""
 
+FEATURES: Final = "class token, mean and deviation of the patch tokens; over both mirror images"
+"""Of `core.evaluation.models.features`: parts of another kind are not gone on with."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -182,6 +185,7 @@ def _about(loaded: LoadedModel, last_blocks: int) -> dict[str, Any]:
         "px": loaded.model.px,
         "mean_std": loaded.mean_std,
         "last_blocks": last_blocks,
+        "features": FEATURES,
     }
 
 

@@ -87,7 +87,7 @@ def features(
     """Frozen features of images of one modality, float32 [N, F].
 
     Vision transformers with a class token give what `core.evaluate.extract` gives; every other
-    network gives its pooled output, whatever `last_blocks` says.
+    network gives its pooled output, whatever `last_blocks` says, over the two mirror images too.
 
     Args:
         loaded: the model.
@@ -107,7 +107,10 @@ def features(
     with torch.inference_mode():
         statistics = loaded.mean_std or MEAN_STD[modality]
         batches = pixel_batches(images, statistics, px, device, batch_size)
-        rows = [backbone(pixels).float().cpu().numpy() for pixels in batches]
+        rows = [
+            ((backbone(pixels) + backbone(pixels.flip(-1))) / 2).float().cpu().numpy()
+            for pixels in batches
+        ]
     return np.concatenate(rows)
 
 
