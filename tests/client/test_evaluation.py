@@ -217,9 +217,9 @@ BAD = {
     "nan": ("backbone/cls_token", np.full((1, 1, 32), np.nan, np.float32), "is not finite"),
     "shape": ("backbone/cls_token", np.ones((1, 1, 7), np.float32), "cannot be built: Error"),
     "name": ("images", np.ones(1), "an array that is not on the list"),
-    "probe": ("probe_weight/us", np.ones((9, 3)), "takes 9 features, the model gives 128"),
-    "classes": ("probe_weight/us", np.ones((128, 2)), "expected weights [F, 3]"),
-    "no bias": ("probe_weight/ct", np.ones((128, 2)), "lack weights, biases or class names"),
+    "probe": ("probe_weight/us", np.ones((9, 3)), "takes 9 features, the model gives 192"),
+    "classes": ("probe_weight/us", np.ones((192, 2)), "expected weights [F, 3]"),
+    "no bias": ("probe_weight/ct", np.ones((192, 2)), "lack weights, biases or class names"),
 }
 
 
