@@ -32,7 +32,8 @@ class Pretraining:
 
     steps: int = 400
     phantoms: int | None = None
-    """Different pictures of each modality; without it five for two steps, each seen three times."""
+    """Different pictures of each modality; without it five for two steps, so that the usual batch
+    shows each about three times."""
     batch_size: int = 56
     """Pictures a step, split evenly over the modalities; each gives two views."""
     learning_rate: float = 1.5e-3

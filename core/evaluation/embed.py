@@ -37,7 +37,7 @@ FORMATS: Final = (".npz", ".parquet")
 PIXELS_A_PART: Final = 4096 * 64**2
 """As much work a part at any input size, but no less than 256 images: what a kill loses."""
 
-FEATURES: Final = "class token, mean and deviation of the patch tokens; over both mirror images"
+FEATURES: Final = "class token, patch tokens' mean and deviation, or pooled; over mirror images"
 """Of `core.evaluation.models.features`: parts of another kind are not gone on with."""
 
 

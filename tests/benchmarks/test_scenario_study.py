@@ -5,13 +5,15 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
 from core.checkpoint import read_json, save_arrays, write_json
 from core.config import load_recipe
-from core.evaluate import auroc, knn_scores, labelled_tasks, measures, probe_scores
+from core.evaluate import auroc, extract, knn_scores, labelled_tasks, measures, probe_scores
 from core.evaluation.baselines import hand_made
 from core.evaluation.intervals import Resampled
 from core.initial import initial_state
+from core.modalities import MEAN_STD
 from core.pretrain import Pretraining
 from core.shards import write_shard
 
@@ -300,3 +302,22 @@ def test_the_picture_shows_every_arm_and_is_the_same_each_time(bench, tmp_path):
     first, again = (file.read_text() for file in files)
     assert first == again
     assert all(f"<!-- {arm} -->" in first for arm in arms)
+
+
+def test_one_pass_serves_the_probe_of_the_product_and_the_usual_one(bench, study_recipe, hospitals):
+    state = initial_state(study_recipe)
+    full, standard = bench.scenario_measure.of_network(study_recipe, state.teacher)
+    (shard,) = hospitals["us"]
+    (task,) = labelled_tasks([shard])
+    backbone, chosen = bench.scenario_measure.backbone_of(study_recipe, state.teacher), task.test
+    px = study_recipe.views.global_px
+    expected = extract(backbone, shard.images[chosen], "us", px, last_blocks=2)
+    assert full.extract(task, chosen) == pytest.approx(expected, abs=1e-5)
+    mean, std = (torch.tensor(part)[:, None, None] for part in MEAN_STD["us"])
+    pixels = torch.from_numpy(shard.images[chosen]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        tokens = backbone.forward_features((pixels - mean) / std)
+    usual = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1).numpy()
+    found = standard.extract(task, chosen)
+    assert found.shape[1] == 2 * usual.shape[1]  # of two blocks, the last one last
+    assert found[:, usual.shape[1] :] == pytest.approx(usual, abs=1e-5)
