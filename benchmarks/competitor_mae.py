@@ -49,7 +49,7 @@ class MaskedAutoencoder(nn.Module):
         """All patches as they are drawn [B, N, 3 P^2] from those that are seen."""
         tokens = self.enter(self.encode(pixels, seen))
         first = self.backbone.num_prefix_tokens
-        batch, places = len(pixels), self.places.to(tokens.dtype)
+        batch, places = len(pixels), self.places.to(tokens)
         drawn = self.missing.to(tokens.dtype).expand(batch, len(places), WIDTH)
         index = seen[..., None].expand(-1, -1, WIDTH)
         drawn = drawn.scatter(1, index, tokens[:, first:]) + places
@@ -76,8 +76,9 @@ def masked_autoencoder(*, depth: int) -> Competitor:
 
     def loss(step: Step) -> Tensor:
         pixels = torch.cat([step.large, step.small]).flatten(0, 1)
-        seen, hidden = hide(len(pixels), len(step.student.places), step.draws)
-        with precision(step.recipe):
+        drawn_places = hide(len(pixels), len(step.student.places), step.draws)
+        seen, hidden = (part.to(pixels.device) for part in drawn_places)
+        with precision(step.recipe, pixels.device):
             drawn = step.student(pixels, seen)
         error = (drawn.float() - step.student.targets(pixels)).square().mean(-1)  # [B, N]
         return error[hidden].mean()

@@ -129,7 +129,8 @@ def compete(
     for _ in range(recipe.federation.local_steps):
         step = state.step
         set_rates(state.optimizer, recipe, step)
-        large, small = _views(recipe, data.batches(recipe, site, step), site, step)
+        batches = data.batches(recipe, site, step)
+        large, small = (part.to(target) for part in _views(recipe, batches, site, step))
         draws = torch_generator(recipe.seed, site, "competitor", step)
         loss = competitor.loss(
             Step(state.student, state.teacher, large, small, recipe, step, draws)
@@ -173,14 +174,14 @@ def _views(recipe: Recipe, batches: Sequence[Batch], site: str, step: int) -> tu
     return large, torch.cat([part.local_VBCHW for part in made], dim=1)
 
 
-def precision(recipe: Recipe) -> torch.autocast:
+def precision(recipe: Recipe, device: torch.device) -> torch.autocast:
     """Autocast as ours trains."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16(recipe, torch.device("cpu")))
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe, device))
 
 
 def class_tokens(network: nn.Module, pixels_VBCHW: Tensor, recipe: Recipe) -> Tensor:
     """Class token features [V, B, d] in float32."""
-    with precision(recipe):
+    with precision(recipe, pixels_VBCHW.device):
         features = class_token_features(network.backbone, pixels_VBCHW.flatten(0, 1))  # type: ignore[arg-type]
     return features.float().view(*pixels_VBCHW.shape[:2], -1)
 

@@ -80,6 +80,8 @@ def federate(
     answering: Callable[[int], Sequence[str]],
     arm_of: Callable[[int], Arm],
     on_round: Callable[[int, GlobalState], None] = lambda number, state: None,
+    *,
+    device: str = "cpu",
 ) -> Federation:
     """Run all rounds of a recipe.
 
@@ -89,6 +91,7 @@ def federate(
         answering: Round, from 1 -> who takes part in it, at least one site.
         arm_of: Round -> how it is done; that of round 1 makes the first state.
         on_round: Called with each round's number and the state after it.
+        device: Of all sites.
 
     Raises:
         QuorumError: fewer updates than `min_sites` were admitted in a round.
@@ -97,7 +100,7 @@ def federate(
     federation = Federation(recipe, first.initial(first.recipe(recipe)))
     for number in range(1, recipe.federation.rounds + 1):
         began = time.process_time()
-        _round(federation, sites, answering(number), arm_of(number), number)
+        _round(federation, sites, answering(number), arm_of(number), number, device)
         federation.cpu_seconds += time.process_time() - began
         on_round(number, federation.state)
     return federation
@@ -109,6 +112,7 @@ def _round(
     answering: Sequence[str],
     arm: Arm,
     number: int,
+    device: str,
 ) -> None:
     recipe = arm.recipe(federation.recipe)
     steps, state = recipe.federation.local_steps, federation.state
@@ -119,7 +123,7 @@ def _round(
     for site in sorted(set(answering) - set(held)):
         update, federation.private[site] = arm.site_round(
             recipe, state, sites[site], federation.private.get(site, {}),
-            site=site, first_step=(number - 1) * steps, device="cpu",
+            site=site, first_step=(number - 1) * steps, device=device,
         )  # fmt: skip
         federation.steps += steps
         outcomes[site] = _outcome(recipe, state, update, site, number)

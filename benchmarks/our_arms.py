@@ -182,7 +182,7 @@ def anchor(weight: float) -> Arm:
                 ).global_VBCHW[0]
                 for batch in batches(state.step)
             ]  # fmt: skip
-            shown = torch.cat(pixels)
+            shown = torch.cat(pixels).to(state.device)
             with torch.no_grad():
                 kept = before.forward_features(shown)
             error = (state.student.backbone.forward_features(shown) - kept).square().mean()

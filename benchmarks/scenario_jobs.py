@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import competitors
 import real_images
+import scenario_tables
 from federation_loop import changed
 
 from core.checkpoint import load_arrays, read_json, write_json
@@ -32,21 +33,36 @@ RUN: Final = Path(__file__).resolve().with_name("scenario_run.py")
 class Study:
     """Data, recipe and directory that all jobs share."""
 
-    def __init__(self, data: Path, out: Path) -> None:
-        self.data, self.out = data, out
-        self.recipe = load_recipe(real_images.RECIPE)
+    def __init__(
+        self, data: Path, out: Path, recipe_file: Path | None = None, device: str = "cpu"
+    ) -> None:
+        self.data, self.out, self.device = data, out, device
+        self.recipe_file = recipe_file or real_images.RECIPE
+        self.recipe = load_recipe(self.recipe_file)
         text = self.recipe.to_json()
         self.recipe_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        usual = self.recipe_file == real_images.RECIPE and device == "cpu"
+        self.results = scenario_tables.RESULTS if usual else out / "scenarios.json"
 
-    def start_file(self, seed: int) -> Path:
+    def phantom_steps(self, arm: str) -> int:
+        """How long the start of an arm learned from phantoms."""
+        return competitors.STARTS.get(arm, self.recipe.model.phantom_steps)
+
+    def start_file(self, seed: int, arm: str = "ours") -> Path:
         """Where the weights that a seed's phantoms give lie."""
-        return self.out / "start" / f"{seed}.safetensors"
+        longer = f"{self.phantom_steps(arm)}-" if arm in competitors.STARTS else ""
+        return self.out / "start" / f"{longer}{seed}.safetensors"
 
-    def start(self, seed: int) -> str:
+    def start(self, seed: int, arm: str) -> str:
         """The file with which a seed begins; empty if it begins with random weights."""
-        if self.recipe.model.phantom_steps:
-            return str(self.start_file(seed))
+        if self.phantom_steps(arm):
+            return str(self.start_file(seed, arm))
         return self.recipe.model.init_file
+
+    def start_command(self, seed: int, arm: str) -> list[str]:
+        """Makes it."""
+        words = [str(self.recipe_file), str(self.phantom_steps(arm)), self.device, str(seed)]
+        return [sys.executable, str(START), *words, str(self.start_file(seed, arm))]
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class Job:
     tuned: bool
     recipe: str
     """JSON: seed, rounds and start are in it."""
+    device: str = "cpu"
     tuning: bool = False
     """Measure both networks on val, and nothing on test."""
 
@@ -91,11 +108,11 @@ def make_job(
         rounds, local_steps = split_steps(rounds * local_steps, wanted)
     recipe = changed(
         study.recipe.model_copy(update={"seed": seed}),
-        model={"phantom_steps": 0, "init_file": study.start(seed)},
+        model={"phantom_steps": 0, "init_file": study.start(seed, arm)},
         federation={"rounds": rounds, "local_steps": local_steps, "min_sites": 1},
         evaluation={"every_rounds": 0},
     )
-    job = Job(scenario, arm, seed, values, tuned, recipe.to_json())
+    job = Job(scenario, arm, seed, values, tuned, recipe.to_json(), study.device)
     return dataclasses.replace(job, **options)
 
 
@@ -117,12 +134,13 @@ def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
     """Run what has no result yet: starts first, then the jobs, each on a processor of its own."""
     real_images.prepare(study.data, study.out)
     missing = [job for job in jobs if results_of(study, job) is None]
-    if study.recipe.model.phantom_steps:
-        seeds = sorted({job.seed for job in missing if job.arm not in competitors.WITHOUT_NETWORK})
-        absent = [seed for seed in seeds if not study.start_file(seed).exists()]
-        words = [sys.executable, str(START), str(real_images.RECIPE)]
-        starts = [[*words, str(seed), str(study.start_file(seed))] for seed in absent]
-        real_images.run_all(starts, processes)
+    starts = {
+        study.start_file(job.seed, job.arm): study.start_command(job.seed, job.arm)
+        for job in missing
+        if job.arm not in competitors.WITHOUT_NETWORK and study.phantom_steps(job.arm)
+    }
+    absent = [command for file, command in starts.items() if not file.exists()]
+    real_images.run_all(absent, processes)
     commands = []
     for job in missing:
         file = study.out / "jobs" / f"{job.name}.json"

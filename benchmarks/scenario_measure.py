@@ -52,7 +52,8 @@ class Measured:
     knn_accuracy: float
     """Share of the test split that the vote gets right."""
     standard: Resampled
-    """As `test`, of a probe on class and mean patch tokens of the image alone, as is usual."""
+    """As `test`, of a probe on class and mean patch tokens of the image alone, as is usual; `test`
+    itself where only val was asked for."""
 
 
 def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
@@ -68,12 +69,14 @@ def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
     return backbone
 
 
-def of_network(recipe: Recipe, arrays: Arrays) -> tuple[FeatureSource, FeatureSource]:
+def of_network(
+    recipe: Recipe, arrays: Arrays, device: str = "cpu"
+) -> tuple[FeatureSource, FeatureSource]:
     """What `extract` takes of a network, and the usual: class and mean patch tokens, not mirrored.
 
     One pass through the network serves both.
     """
-    backbone, px = backbone_of(recipe, arrays).eval(), recipe.views.global_px
+    backbone, px = backbone_of(recipe, arrays).eval().to(device), recipe.views.global_px
     blocks = min(LAST_BLOCKS, len(backbone.blocks))  # type: ignore[arg-type]
     found: dict[tuple[str, bytes], tuple[Features, Features]] = {}
 
@@ -81,15 +84,15 @@ def of_network(recipe: Recipe, arrays: Arrays) -> tuple[FeatureSource, FeatureSo
     def both(task: Task, indices: NDArray[np.int64]) -> tuple[Features, Features]:
         key = (task.name, indices.tobytes())
         if key not in found:
-            statistics, device = MEAN_STD[task.name], torch.device("cpu")
             images = task.shard.images[indices]
             rows = []
-            for pixels in pixel_batches(images, statistics, px, device, IMAGES_A_PASS):
+            place = torch.device(device)
+            for pixels in pixel_batches(images, MEAN_STD[task.name], px, place, IMAGES_A_PASS):
                 ahead = block_tokens(backbone, pixels, blocks)
                 mirrored = block_tokens(backbone, pixels.flip(-1), blocks)
                 usual = ahead.unflatten(1, (blocks, 3, -1))[:, :, :2].flatten(1)
                 rows.append(((ahead + mirrored) / 2, usual))
-            full, standard = (torch.cat(part).numpy() for part in zip(*rows, strict=True))
+            full, standard = (torch.cat(part).cpu().numpy() for part in zip(*rows, strict=True))
             found[key] = full, standard
         return found[key]
 
@@ -114,7 +117,6 @@ def measure(
     for task in tasks:
         asked = task.test if test else task.val
         features = [source.extract(task, i) for i in (task.train, task.val, asked)]
-        usual = [standard.extract(task, i) for i in (task.train, task.val, asked)]
         last = features[0].shape[1] // source.blocks
         votes = knn_scores(
             features[0][:, -last:], task.labels(task.train), features[2][:, -last:],
@@ -122,9 +124,11 @@ def measure(
         )  # fmt: skip
         vote = measures(votes, task.labels(asked))
         val, probe = _probe(task, asked, features)
-        rows[task.name] = Measured(
-            probe, val, vote["auroc"], vote["accuracy"], _probe(task, asked, usual)[1]
-        )
+        other = probe
+        if test:
+            usual = [standard.extract(task, i) for i in (task.train, task.val, asked)]
+            other = _probe(task, asked, usual)[1]
+        rows[task.name] = Measured(probe, val, vote["auroc"], vote["accuracy"], other)
     return rows
 
 

@@ -1,6 +1,5 @@
 """The picture of a scenario: each arm's mean AUROC by seed, and how far it is from ours."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -8,36 +7,34 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scenario_tables import MEAN, Draws, differences
+from scenario_compare import MEAN
+from scenario_tables import Study, figures
 
 # Okabe and Ito's blue and vermilion, told apart by all common kinds of colour vision.
 SEED, APART, NEAR = "#767676", "#D55E00", "#0072B2"
 ROW_INCHES: Final = 0.34
 
 
-def draw_arms(file: Path, title: str, arms: Mapping[str, Draws]) -> None:
+def draw_arms(file: Path, title: str, arms: Study) -> None:
     """Draw an SVG, the best arm on top; an interval without 0 is red.
 
     Args:
         file: to write.
         title: of the scenario.
-        arms: arm -> its draws; "ours" among them.
+        arms: arm -> its results in scenarios.json.
     """
-    means = {
-        arm: [float(np.mean([row.value for row in rows.values()])) for rows in draws.values()]
-        for arm, draws in arms.items()
-    }
+    means = {name: figures(arm, "end")[MEAN] for name, arm in arms.items()}
     order = sorted(means, key=lambda arm: float(np.mean(means[arm])))
     figure = Figure(figsize=(9, 1.3 + ROW_INCHES * len(order)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for place, arm in enumerate(order):
         left.plot(means[arm], [place] * len(means[arm]), "|", color=SEED, markersize=9)
         left.plot(np.mean(means[arm]), place, "o", color=NEAR, markersize=6)
-        if arm != "ours" and set(arms[arm]) & set(arms["ours"]):
-            found = differences(arms[arm], arms["ours"])[MEAN]
-            colour = APART if found.low > 0 or found.high < 0 else NEAR
-            right.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
-            right.plot(found.difference, place, "o", color=colour, markersize=6)
+        if "less_ours" in arms[arm]:
+            difference, low, high, _ = arms[arm]["less_ours"][MEAN]
+            colour = APART if low > 0 or high < 0 else NEAR
+            right.plot([low, high], [place, place], color=colour, linewidth=2)
+            right.plot(difference, place, "o", color=colour, markersize=6)
     left.set_yticks(range(len(order)), order)
     left.set_xlabel("mean test AUROC of the linear probe\n(point: mean; strokes: seeds)")
     right.set_xlabel("less ours, 95 % interval\n(red: it excludes 0)")

@@ -1,11 +1,13 @@
 """Makes the weights before round 1 of a seed, once for all its jobs, as the product itself would.
 
-python benchmarks/scenario_start.py RECIPE.toml SEED OUT/start/SEED.safetensors
-A study of the same recipe and seed has the same file: RUN/round-0000.safetensors.
+python benchmarks/scenario_start.py RECIPE.toml STEPS DEVICE SEED FILE.safetensors
+A study of the same recipe, phantom steps and seed has the same file: RUN/round-0000.safetensors.
 """
 
 import sys
 from pathlib import Path
+
+from federation_loop import changed
 
 from core.checkpoint import save_arrays
 from core.config import load_recipe
@@ -13,10 +15,11 @@ from core.initial import initial_state
 
 
 def main() -> None:
-    recipe_file, seed, out = sys.argv[1:]
+    recipe_file, steps, device, seed, out = sys.argv[1:]
     recipe = load_recipe(Path(recipe_file)).model_copy(update={"seed": int(seed)})
+    recipe = changed(recipe, model={"phantom_steps": int(steps)})
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(Path(out), initial_state(recipe).to_arrays())
+    save_arrays(Path(out), initial_state(recipe, device=device).to_arrays())
 
 
 if __name__ == "__main__":

@@ -1,150 +1,193 @@
-"""Tables of the study: AUROC, differences to ours with intervals, votes, forgetting, time.
+"""The tables of the study in Markdown, from benchmarks/scenarios.json alone.
 
-An interval is the middle 95 % of draws of the test images' patients and of the seeds, the same
-draws for both arms (core.evaluation.intervals.compare). Three seeds are few: what another seed
-would change is only roughly in it.
+A page has a table between two marks,
+
+    <!-- table SCENARIO STEPS KIND ARM ... -->
+    <!-- end -->
+
+KIND is one of KINDS. Run: python benchmarks/scenario_tables.py PAGE.md ... writes the tables anew;
+so a page cannot say another figure than the study's.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
-from scenario_measure import DRAWS
+from scenario_compare import MEAN
 
-from core.evaluation.intervals import Comparison, Resampled, compare, mean_over_modalities
+from core.checkpoint import read_json, write_atomically
+from core.errors import UserError
 from core.modalities import MODALITIES, TITLES
-from core.randomness import numpy_generator
 
-MEAN: Final = "mean"
-Draws = Mapping[int, Mapping[str, Resampled]]
-"""Seed -> modality -> AUROC and its draws."""
-
-
-def over_seeds(draws: Draws, seeds: Sequence[int]) -> dict[str, Resampled]:
-    """Modality, and MEAN -> mean over seeds, with draws in which the seeds are drawn too.
-
-    The same seeds give the same draws of them, so arms stay paired.
-    """
-    generator = numpy_generator("seeds", *seeds)
-    picks = generator.integers(len(seeds), size=(DRAWS, len(seeds)))
-    names = [m for m in MODALITIES if all(m in draws[seed] for seed in seeds)]
-    found = {name: _over_seeds([draws[s][name] for s in seeds], picks) for name in names}
-    return {**found, MEAN: mean_over_modalities(found)}
+RESULTS: Final = Path(__file__).resolve().with_name("scenarios.json")
+TABLE: Final = re.compile(r"<!-- table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+Arm = Mapping[str, Any]
+"""Seed -> what its job found; "less_ours", "change" -> modality -> difference, low, high, p."""
+Study = Mapping[str, Arm]
+"""Arm -> its results, of one scenario and length."""
 
 
-def _over_seeds(parts: Sequence[Resampled], picks: NDArray[np.int64]) -> Resampled:
-    table = np.stack([part.draws for part in parts], axis=1)  # [B, S]
-    return Resampled(
-        float(np.mean([part.value for part in parts])),
-        np.take_along_axis(table, picks, axis=1).mean(1),
-        parts[0].freedom,
-    )
+def seeds_of(arm: Arm) -> list[Any]:
+    """What the jobs found, in the order of their seeds."""
+    return [arm[seed] for seed in sorted((key for key in arm if key.isdigit()), key=int)]
 
 
-def differences(arm: Draws, ours: Draws) -> dict[str, Comparison]:
-    """Modality, and MEAN -> the arm less ours, over the seeds that both have."""
-    seeds = sorted(set(arm) & set(ours))
-    a, b = over_seeds(arm, seeds), over_seeds(ours, seeds)
-    return {name: compare(a[name], b[name]) for name in a if name in b}
+def figures(arm: Arm, moment: str, figure: str = "auroc") -> dict[str, list[float]]:
+    """Modality, and MEAN -> a figure by seed; empty where a seed lacks it."""
+    rows = [row.get(moment, {}) for row in seeds_of(arm)]
+    if not rows or any(figure not in cell for row in rows for cell in row.values()):
+        return {}
+    names = [m for m in MODALITIES if all(m in row for row in rows)]
+    if not names:
+        return {}
+    found = {m: [float(row[m][figure]) for row in rows] for m in names}
+    return {**found, MEAN: [float(v) for v in np.mean([*found.values()], axis=0)]}
 
 
-def shown(comparison: Comparison) -> str:
-    """A difference and its interval."""
-    return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+def probe(study: Study) -> str:
+    """AUROC of the probe, and the mean's difference to ours."""
+    return _by_modality(study, "end", "less_ours")
 
 
-def arms_table(arms: Mapping[str, Draws], notes: Mapping[str, str]) -> str:
-    """A row an arm, a column a modality: mean over seeds; the mean with its spread; less ours.
-
-    Args:
-        arms: arm -> its draws; "ours" among them, if differences are wanted.
-        notes: arm -> what the last column says.
-    """
-    names = [m for m in MODALITIES if any(m in rows for d in arms.values() for rows in d.values())]
-    heads = ["arm", *(TITLES[m] for m in names), "mean", "less ours [95 %]", "CPU"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for arm, draws in arms.items():
-        cells = [
-            f"{np.mean([rows[m].value for rows in draws.values() if m in rows]):.3f}"
-            if any(m in rows for rows in draws.values())
-            else ""
-            for m in names
-        ]
-        means = [float(np.mean([r.value for r in rows.values()])) for rows in draws.values()]
-        less = ""
-        if arm != "ours" and set(draws) & set(arms.get("ours", ())):
-            less = shown(differences(draws, arms["ours"])[MEAN])
-        cells += [_with_spread(means), less, notes.get(arm, "")]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def standard(study: Study) -> str:
+    """The same of class and mean patch tokens, not mirrored."""
+    return _by_modality(study, "end_standard", "less_ours_standard")
 
 
-def votes_table(arms: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Accuracy of a vote: a row an arm, a column a modality, mean and largest distance from it.
+def votes(study: Study) -> str:
+    """Accuracy of a vote of neighbours."""
+    return _by_modality(study, "end", "", figure="knn_accuracy")
 
-    Args:
-        arms: arm -> for each seed modality -> accuracy.
-    """
-    names = [m for m in MODALITIES if any(m in row for rows in arms.values() for row in rows)]
+
+def means(study: Study) -> str:
+    """What a reader wants first: means over the modalities, and the intervals."""
+    rows = []
+    for name, arm in study.items():
+        cells = []
+        for moment, less in (("end", "less_ours"), ("end_standard", "less_ours_standard")):
+            cells += [with_spread(figures(arm, moment).get(MEAN, ())), _difference(arm, less)]
+        vote = with_spread(figures(arm, "end", "knn_accuracy").get(MEAN, ()))
+        rows.append([name, *cells, vote])
+    less = "less ours [95 %]"
+    return markdown(["arm", "probe", less, "usual probe", less, "vote"], rows)
+
+
+def by_modality(study: Study) -> str:
+    """Each arm less ours in every modality."""
+    names = [m for m in MODALITIES if any(m in a.get("less_ours", ()) for a in study.values())]
+    rows = [
+        [name, *(_difference(arm, "less_ours", m) for m in names)]
+        for name, arm in study.items()
+        if "less_ours" in arm
+    ]
+    return markdown(["less ours [95 %]", *(TITLES[m] for m in names)], rows)
+
+
+def change(study: Study) -> str:
+    """What became of modalities that left or joined at half time, and of the others."""
+    rows = []
+    for name, arm in study.items():
+        half, end = figures(arm, "half"), figures(arm, "end")
+        for m, cells in arm.get("change", {}).items():
+            if m in TITLES:
+                before, after = (f"{np.mean(part[m]):.3f}" for part in (half, end))
+                rows.append([name, TITLES[m], before, after, _shown(cells)])
+        if "change" in arm:
+            others = f"{np.mean(end[MEAN]):.3f}"
+            rows.append([name, "all seven", f"{np.mean(half[MEAN]):.3f}", others, ""])
+    return markdown(["arm", "", "half time", "end", "change [95 %]"], rows)
+
+
+def cpu(study: Study) -> str:
+    """CPU seconds: a step of a site, one measurement of all modalities, a job, all jobs."""
+    rows = []
+    for name, arm in study.items():
+        jobs = seeds_of(arm)
+        train, measuring = (sum(j[k] for j in jobs) for k in ("cpu_train", "cpu_measure"))
+        steps, count = (sum(j[k] for j in jobs) for k in ("site_steps", "measurements"))
+        a_step = f"{train / steps:.3f}" if steps else ""
+        whole = train + measuring
+        cells = [f"{measuring / count:.0f}", f"{whole / len(jobs):.0f}", f"{whole:.0f}"]
+        rows.append([name, str(len(jobs)), a_step, *cells])
+    return markdown(["arm", "jobs", "a step and site", "a measurement", "a job", "all"], rows)
+
+
+KINDS: Final[Mapping[str, Callable[[Study], str]]] = {
+    "means": means, "probe": probe, "standard": standard, "votes": votes,
+    "by_modality": by_modality, "change": change, "cpu": cpu,
+}  # fmt: skip
+
+
+def _by_modality(study: Study, moment: str, less: str, figure: str = "auroc") -> str:
+    found = {name: figures(arm, moment, figure) for name, arm in study.items()}
+    names = [m for m in MODALITIES if any(m in rows for rows in found.values())]
+    rows = []
+    for name, row in found.items():
+        if row:
+            cells = [with_spread(row.get(m, ())) for m in names]
+            cells += [with_spread(row[MEAN]), *([_difference(study[name], less)] if less else [])]
+            rows.append([name, *cells])
     heads = ["arm", *(TITLES[m] for m in names), "mean"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for arm, rows in arms.items():
-        cells = [_with_spread([row[m] for row in rows if m in row]) for m in names]
-        cells.append(_with_spread([float(np.mean(list(row.values()))) for row in rows]))
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(heads + (["less ours [95 %]"] if less else []), rows)
 
 
-def _with_spread(values: Sequence[float]) -> str:
-    if not values:
+def _difference(arm: Arm, which: str, modality: str = MEAN) -> str:
+    cells = arm.get(which, {}).get(modality)
+    return _shown(cells) if cells else ""
+
+
+def _shown(cells: Sequence[float]) -> str:
+    difference, low, high, _ = cells
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """The mean and the largest distance from it."""
+    if not len(values):
         return ""
     spread = f" ± {np.max(np.abs(values - np.mean(values))):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
 
 
-def change_table(
-    half: Mapping[str, Draws], end: Mapping[str, Draws], stayed: Mapping[str, Draws],
-    modalities: Sequence[str],
-) -> str:  # fmt: skip
-    """What became of modalities that left or joined at half time: a row an arm and modality.
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-    Args:
-        half: arm -> draws at half time.
-        end: arm -> draws at the end.
-        stayed: arm -> draws at the end of `extreme`, where all are there all the time.
-        modalities: that left or joined.
+
+def filled(page: str, results: Mapping[str, Any]) -> str:
+    """A page with its tables written anew.
+
+    Raises:
+        UserError: a mark names what `results` has not.
     """
-    heads = ["arm", "", "half time", "end", "change [95 %]", "all there all the time", "others"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for arm, draws in end.items():
-        changes = differences(draws, half[arm])
-        for m in modalities:
-            rest = [n for n in changes if n not in (*modalities, MEAN)]
-            cells = [
-                _mean_value(half[arm], [m]), _mean_value(draws, [m]), shown(changes[m]),
-                _mean_value(stayed.get(arm, {}), [m]), _mean_value(draws, rest),
-            ]  # fmt: skip
-            lines.append(f"| {arm} | {TITLES[m]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    def table(match: re.Match[str]) -> str:
+        words = match[1].split()
+        try:
+            scenario, steps, kind, *arms = words
+            rows = results[scenario][steps]
+            text = KINDS[kind]({arm: rows[arm] for arm in arms or rows})
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"table '{match[1]}': expected SCENARIO STEPS KIND ARM ..., each in scenarios.json "
+                f"and KIND of {', '.join(KINDS)}; not found: {error}. Run scenarios.py for it, "
+                "or take the table out"
+            ) from error
+        return f"<!-- table {match[1]} -->\n{text}\n<!-- end -->"
+
+    return TABLE.sub(table, page)
 
 
-def _mean_value(draws: Draws, names: Sequence[str]) -> str:
-    values = [rows[n].value for rows in draws.values() for n in names]
-    return f"{np.mean(values):.3f}" if values else ""
+def main() -> None:
+    results = read_json(RESULTS)["results"]
+    for name in sys.argv[1:]:
+        page = Path(name)
+        write_atomically(page, filled(page.read_text(), results).encode())
 
 
-def time_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """CPU seconds by arm: a step of a site, one measurement of all modalities, a job."""
-    heads = ["arm", "jobs", "a step and site", "a measurement", "a job", "all"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for arm, rows in results.items():
-        train, measuring = (sum(r[k] for r in rows) for k in ("cpu_train", "cpu_measure"))
-        steps, measurements = (sum(r[k] for r in rows) for k in ("site_steps", "measurements"))
-        cells = [
-            str(len(rows)), f"{train / steps:.3f}" if steps else "",
-            f"{measuring / measurements:.1f}", f"{(train + measuring) / len(rows):.0f}",
-            f"{train + measuring:.0f}",
-        ]  # fmt: skip
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,10 @@ arms see as many views (`local`: each site in every round).
 
 Run: python benchmarks/scenarios.py --data DIR [--out DIR] [--seeds 0 1 2] [--jobs 2]
      [--scenarios ...] [--arms ...] [--steps N ...] [--plots DIR] [--pretend]
+     [--recipe FILE] [--device cuda]
 It resumes after a kill, which loses the jobs that run; each job is pinned to one processor, so a
-seed gives the same bits again. Adds to benchmarks/scenarios.json and prints tables in Markdown.
+seed gives the same bits again. Adds to benchmarks/scenarios.json (with another recipe or device,
+to OUT/scenarios.json) and prints tables in Markdown; scenario_tables.py puts them into pages.
 """
 
 import argparse
@@ -28,22 +30,16 @@ from typing import Any, Final
 
 import competitors
 import torch
+from scenario_compare import MEAN, Draws, differences
 from scenario_jobs import Job, Study, draws_of, make_job, results_of, run_jobs
 from scenario_plot import draw_arms
 from scenario_sites import JOINING, LEAVING, SCENARIOS
-from scenario_tables import (
-    Draws,
-    arms_table,
-    change_table,
-    differences,
-    time_table,
-    votes_table,
-)
+from scenario_tables import KINDS
 
 from core.checkpoint import read_json, write_json
+from core.evaluation.intervals import Comparison
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-RESULTS: Final = Path(__file__).with_suffix(".json")
 CHANGING: Final = {"leaving": LEAVING, "joining": JOINING}
 Done = dict[str, list[tuple[Job, dict[str, Any]]]]
 """Arm -> its jobs that have a result, with it."""
@@ -78,80 +74,61 @@ def draws(study: Study, done: Done, moment: str) -> dict[str, Draws]:
     return {arm: {j.seed: draws_of(study, j, moment) for j, _ in r} for arm, r in done.items()}
 
 
-def votes(done: Done) -> dict[str, list[dict[str, float]]]:
-    """Arm -> for each job modality -> accuracy of the vote.
-
-    Arms whose results are older than this figure are left out.
-    """
-    return {
-        arm: [{m: row["knn_accuracy"] for m, row in r["end"].items()} for _, r in pairs]
-        for arm, pairs in done.items()
-        if all("knn_accuracy" in row for _, r in pairs for row in r["end"].values())
-    }
-
-
 def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None:
-    """Print all tables, add the figures to RESULTS, draw a picture a scenario."""
+    """Add what the jobs found to the study's results, print all tables, draw a picture each."""
     facts = {"recipe_sha256": study.recipe_sha256, "torch": torch.__version__}
     results: dict[str, Any] = {}
-    if RESULTS.exists() and (kept := read_json(RESULTS))["recipe_sha256"] == study.recipe_sha256:
+    file = study.results
+    if file.exists() and (kept := read_json(file))["recipe_sha256"] == study.recipe_sha256:
         results = kept["results"]
-    groups: dict[tuple[str, int], list[Job]] = {}
+    groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.scenario, int(job.name.split("-")[-2])), []).append(job)
-    times: dict[str, list[Mapping[str, Any]]] = {}
+        groups.setdefault((job.scenario, job.name.split("-")[-2]), []).append(job)
     for (scenario, steps), chosen in groups.items():
         if not (done := by_arm(study, chosen)):
             continue
-        end = draws(study, done, "end")
-        usual = draws(study, done, "end_standard")
-        print(f"\n### {scenario}, {steps} steps a site\n\n{arms_table(end, notes(done))}")
-        print(f"\nClass and mean patch tokens, not mirrored\n\n{arms_table(usual, {})}")
-        print(f"\nkNN accuracy, 20 neighbours\n\n{votes_table(votes(done))}")
-        if plots and "ours" in end:
-            draw_arms(plots / f"{scenario}.svg", f"{scenario}, {steps} steps a site", end)
-        if scenario in CHANGING:
-            extreme = by_arm(study, groups.get(("extreme", steps), []))
-            stayed, half = draws(study, extreme, "end"), draws(study, done, "half")
-            print(f"\n{change_table(half, end, stayed, CHANGING[scenario])}", flush=True)
-        rows = results.setdefault(scenario, {}).setdefault(str(steps), {})
-        for arm, pairs in done.items():
-            rows[arm] = rows.get(arm, {}) | {str(job.seed): row(job, r) for job, r in pairs}
-            for key, probe in (("less_ours", end), ("less_ours_standard", usual)):
-                if arm != "ours" and set(probe[arm]) & set(probe.get("ours", ())):
-                    found = differences(probe[arm], probe["ours"])
-                    rows[arm][key] = {
-                        name: [c.difference, c.low, c.high, c.p] for name, c in found.items()
-                    }
-            times.setdefault(arm, []).extend(result for _, result in pairs)
-    write_json(RESULTS, facts | {"results": results})
-    if times:
-        print(f"\n### CPU seconds\n\n{time_table(times)}")
+        rows = results.setdefault(scenario, {}).setdefault(steps, {})
+        for arm, found in compared(study, scenario, done).items():
+            rows[arm] = rows.get(arm, {}) | found
+        shown = {arm: rows[arm] for arm in competitors.ARMS if arm in done}
+        print(f"\n### {scenario}, {steps} steps a site")
+        for kind, table in KINDS.items():
+            if kind != "change" or scenario in CHANGING:
+                print(f"\n{(table.__doc__ or kind).splitlines()[0]}\n\n{table(shown)}", flush=True)
+        if plots and "ours" in done:
+            draw_arms(plots / f"{scenario}.svg", f"{scenario}, {steps} steps a site", shown)
+    write_json(file, facts | {"results": results})
+
+
+def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
+    """Arm -> seed -> row; and how it differs from ours, and from itself at half time."""
+    end, usual = (draws(study, done, moment) for moment in ("end", "end_standard"))
+    half = draws(study, done, "half") if scenario in CHANGING else {}
+    found: dict[str, dict[str, Any]] = {}
+    for arm, pairs in done.items():
+        found[arm] = {str(job.seed): row(job, result) for job, result in pairs}
+        for key, probe in (("less_ours", end), ("less_ours_standard", usual)):
+            if arm != "ours" and set(probe[arm]) & set(probe.get("ours", ())):
+                found[arm][key] = listed(differences(probe[arm], probe["ours"]))
+        if arm in half:
+            changes = listed(differences(end[arm], half[arm]))
+            found[arm]["change"] = {name: changes[name] for name in (*CHANGING[scenario], MEAN)}
+    return found
+
+
+def listed(found: Mapping[str, Comparison]) -> dict[str, list[float]]:
+    """Modality -> difference, low, high, p."""
+    return {name: [c.difference, c.low, c.high, c.p] for name, c in found.items()}
 
 
 def row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What RESULTS keeps of a job."""
+    """What is kept of a job."""
     kept = (
-        "half",
-        "end",
-        "half_standard",
-        "end_standard",
-        "cpu_train",
-        "cpu_measure",
-        "site_steps",
-        "held",
+        *("half", "end", "half_standard", "end_standard"),
+        *("cpu_train", "cpu_measure", "measurements", "site_steps", "held"),
     )
     counts = {key: len(result[key]) for key in ("outliers", "rejected")}
     return {key: result[key] for key in kept} | counts | {"values": job.values, "tuned": job.tuned}
-
-
-def notes(done: Done) -> dict[str, str]:
-    """Arm -> CPU time of a job, and whether its values were never tuned."""
-    found = {}
-    for arm, pairs in done.items():
-        seconds = sum(r["cpu_train"] + r["cpu_measure"] for _, r in pairs) / len(pairs)
-        found[arm] = f"{seconds:.0f} s" + ("" if pairs[0][0].tuned else ", not tuned")
-    return found
 
 
 def main() -> None:
@@ -164,10 +141,12 @@ def main() -> None:
     arms = list(competitors.ARMS)
     parser.add_argument("--arms", nargs="+", default=arms, choices=arms)
     parser.add_argument("--steps", type=int, nargs="+", default=[None], help="of a site")
+    parser.add_argument("--recipe", type=Path, help="another than configs/seven_sites.toml")
+    parser.add_argument("--device", default="cpu", help="a torch device; with one of them --jobs 1")
     parser.add_argument("--plots", type=Path, help="directory for a picture a scenario")
     parser.add_argument("--pretend", action="store_true", help="only say what would run")
     arguments = parser.parse_args()
-    study = Study(arguments.data, arguments.out.resolve())
+    study = Study(arguments.data, arguments.out.resolve(), arguments.recipe, arguments.device)
     jobs = plan(study, arguments.scenarios, arguments.arms, arguments.seeds, arguments.steps)
     if arguments.pretend:
         for job in jobs:

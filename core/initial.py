@@ -18,12 +18,15 @@ from core.wire import TEACHER, GlobalState, take
 POSITION = f"{BACKBONE}pos_embed"
 
 
-def initial_state(recipe: Recipe, on_step: Callable[[float], None] | None = None) -> GlobalState:
+def initial_state(
+    recipe: Recipe, on_step: Callable[[float], None] | None = None, *, device: str = "cpu"
+) -> GlobalState:
     """The state before round 1: drawn, pretrained on phantoms, or read from `model.init_file`.
 
     Args:
         recipe: The study.
         on_step: Progress of `model.phantom_steps`, called with the loss after each.
+        device: Where it pretrains, a torch device name; the state is on the CPU.
 
     Raises:
         UserError: the init file does not fit the backbone, or it cannot be pretrained.
@@ -31,7 +34,8 @@ def initial_state(recipe: Recipe, on_step: Callable[[float], None] | None = None
     if recipe.model.phantom_steps:
         from core.pretrain import Pretraining, pretrain
 
-        network = pretrain(recipe, Pretraining(steps=recipe.model.phantom_steps), on_step=on_step)
+        settings = Pretraining(steps=recipe.model.phantom_steps)
+        network = pretrain(recipe, settings, device=device, on_step=on_step)
     else:
         network = Network.of(recipe)
         initialise(network, torch_generator(recipe.seed, "initial"))

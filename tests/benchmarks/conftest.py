@@ -12,7 +12,8 @@ from core.phantoms import make_phantoms
 IN_ORDER = (
     *("federation_loop", "our_arms", "competitor_step", "competitor_dino", "competitor_mae"),
     *("competitor_fedema", "competitors", "real_images", "scenario_sites", "scenario_measure"),
-    *("scenario_jobs", "scenario_run", "scenario_tables", "scenario_plot", "scenarios"),
+    *("scenario_compare", "scenario_tables", "scenario_jobs", "scenario_run", "scenario_plot"),
+    "scenarios",
 )
 """Each imports only what stands before it."""
 TABLE = {

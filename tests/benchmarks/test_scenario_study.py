@@ -9,6 +9,7 @@ import torch
 
 from core.checkpoint import read_json, save_arrays, write_json
 from core.config import load_recipe
+from core.errors import UserError
 from core.evaluate import auroc, extract, knn_scores, labelled_tasks, measures, probe_scores
 from core.evaluation.baselines import hand_made
 from core.evaluation.intervals import Resampled
@@ -30,7 +31,7 @@ def study(bench, study_recipe, hospitals, tmp_path, monkeypatch):
     )
     assert load_recipe(recipe_file) == study_recipe
     monkeypatch.setattr(bench.real_images, "RECIPE", recipe_file)
-    monkeypatch.setattr(bench.scenarios, "RESULTS", tmp_path / "scenarios.json")
+    monkeypatch.setattr(bench.scenario_tables, "RESULTS", tmp_path / "scenarios.json")
     return bench.scenario_jobs.Study(tmp_path / "data", tmp_path)
 
 
@@ -47,7 +48,7 @@ def test_a_job_leaves_what_tables_need_and_counts_for_itself_alone(bench, study,
     other = dataclasses.replace(jobs[0], values={"rate": 3.0})
     assert bench.scenario_jobs.results_of(study, other) is None
     bench.scenarios.report(study, jobs)
-    kept = read_json(bench.scenarios.RESULTS)["results"]["leaving"]["4"]
+    kept = read_json(study.results)["results"]["leaving"]["4"]
     assert kept["rehearsal"]["0"]["end"] == results[2]["end"]
     difference = kept["init"]["less_ours"]["us"][0]
     expected = results[1]["end"]["us"]["auroc"] - results[0]["end"]["us"]["auroc"]
@@ -56,7 +57,9 @@ def test_a_job_leaves_what_tables_need_and_counts_for_itself_alone(bench, study,
     assert "| rehearsal | ultrasound |" in printed
     assert "### leaving, 4 steps a site" in printed
     accuracies = [row["knn_accuracy"] for row in kept["rehearsal"]["0"]["end"].values()]
-    votes = printed.partition("kNN accuracy")[2].splitlines()
+    changed = results[2]["end"]["us"]["auroc"] - results[2]["half"]["us"]["auroc"]
+    assert kept["rehearsal"]["change"]["us"][0] == pytest.approx(changed)
+    votes = printed.partition("Accuracy of a vote")[2].splitlines()
     row = next(line for line in votes if line.startswith("| rehearsal |"))
     assert row.endswith(f"| {np.mean(accuracies):.3f} |")
 
@@ -179,11 +182,17 @@ def test_long_and_short_rounds_have_the_same_number_of_steps(bench, study):
 
 
 def test_votes_are_shown_with_the_largest_distance_from_their_mean(bench):
-    rows = {
-        "ours": [{"us": 0.5, "ct": 0.9}, {"us": 0.6, "ct": 0.9}, {"us": 1.0, "ct": 0.9}],
-        "local": [{"us": 0.5}],
+    values = {"ours": [(0.5, 0.9), (0.6, 0.9), (1.0, 0.9)], "local": [(0.5,)]}
+    study = {
+        arm: {
+            str(seed): {
+                "end": {m: {"knn_accuracy": v} for m, v in zip(("us", "ct"), row, strict=False)}
+            }
+            for seed, row in enumerate(rows)
+        }
+        for arm, rows in values.items()
     }
-    lines = bench.scenario_tables.votes_table(rows).splitlines()
+    lines = bench.scenario_tables.votes(study).splitlines()
     assert lines[0] == "| arm | CT | ultrasound | mean |"
     assert lines[2:] == [
         "| ours | 0.900 ± 0.000 | 0.700 ± 0.300 | 0.800 ± 0.150 |",
@@ -193,8 +202,8 @@ def test_votes_are_shown_with_the_largest_distance_from_their_mean(bench):
 
 def test_an_arm_measured_before_votes_were_counted_has_no_row_of_them(bench):
     older, newer = {"end": {"us": {"knn": 0.5}}}, {"end": {"us": {"knn_accuracy": 0.5}}}
-    done = {"ours": [(None, newer), (None, older)], "local": [(None, newer)]}
-    assert bench.scenarios.votes(done) == {"local": [{"us": 0.5}]}
+    table = bench.scenario_tables.votes({"ours": {"0": newer, "1": older}, "local": {"0": newer}})
+    assert [line.split()[1] for line in table.splitlines()] == ["arm", "---", "local"]
 
 
 def resampled(value, generator, noise):
@@ -209,12 +218,12 @@ def test_differences_are_paired_over_images_and_seeds(bench):
         noise = 0.05 * generator.standard_normal(1000)  # of the images, for both alike
         ours[seed] = {"us": resampled(level, generator, noise)}
         arm[seed] = {"us": resampled(level + 0.03, generator, noise)}
-    found = bench.scenario_tables.differences(arm, ours)
-    for name in ("us", bench.scenario_tables.MEAN):
+    found = bench.scenario_compare.differences(arm, ours)
+    for name in ("us", bench.scenario_compare.MEAN):
         assert found[name].difference == pytest.approx(0.03)
         assert 0.005 < found[name].low < 0.03 < found[name].high < 0.055
     del arm[2]  # a seed that only one has does not count
-    assert bench.scenario_tables.differences(arm, ours)["us"].difference == pytest.approx(0.03)
+    assert bench.scenario_compare.differences(arm, ours)["us"].difference == pytest.approx(0.03)
 
 
 def test_an_arm_that_helps_one_seed_of_three_alone_is_not_told_from_ours(bench):
@@ -222,7 +231,7 @@ def test_an_arm_that_helps_one_seed_of_three_alone_is_not_told_from_ours(bench):
     still = np.zeros(1000)
     ours = {seed: {"us": resampled(0.7, generator, still)} for seed in range(3)}
     arm = {seed: {"us": resampled(0.7 + 0.1 * (seed == 0), generator, still)} for seed in range(3)}
-    found = bench.scenario_tables.differences(arm, ours)["us"]
+    found = bench.scenario_compare.differences(arm, ours)["us"]
     assert found.difference == pytest.approx(0.1 / 3)
     assert found.low < 0.01
 
@@ -249,7 +258,7 @@ def test_all_jobs_of_a_seed_begin_as_the_product_does_heads_included(
     file.write_text(bench.real_images.toml_text(table))
     monkeypatch.setattr(bench.real_images, "RECIPE", file)
     begun = bench.scenario_jobs.Study(study.data, study.out)
-    monkeypatch.setattr("sys.argv", ["", str(file), "5", begun.start(5)])
+    monkeypatch.setattr("sys.argv", ["", *begun.start_command(5, "ours")[2:]])
     load_benchmark("scenario_start").main()
     job = bench.scenario_jobs.make_job(begun, "extreme", "ours", 5, 4)
     found = initial_state(bench.scenario_run.recipe_from_json(job.recipe, "the job")).student
@@ -281,7 +290,7 @@ def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
     measured = tmp_path / "out" / "measured" / "extreme-ours-4-0.json"
     first = measured.stat().st_mtime_ns
     assert "done: extreme-ours-4-0.json" in (printed := capsys.readouterr().out)
-    assert "### CPU seconds" in printed
+    assert "CPU seconds: a step of a site" in printed
     bench.scenarios.main()
     assert measured.stat().st_mtime_ns == first
     monkeypatch.setattr("sys.argv", ["scenarios.py", *map(str, words), "--pretend"])
@@ -291,11 +300,11 @@ def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
 
 
 def test_the_picture_shows_every_arm_and_is_the_same_each_time(bench, tmp_path):
-    generator = np.random.default_rng(0)
     arms = {
-        name: {seed: {"us": resampled(value + seed / 100, generator, 0.0)} for seed in (0, 1)}
+        name: {str(seed): {"end": {"us": {"auroc": value + seed / 100}}} for seed in (0, 1)}
         for name, value in {"ours": 0.8, "local": 0.7}.items()
     }
+    arms["local"]["less_ours"] = {"mean": [-0.1, -0.15, -0.05, 0.01]}
     files = [tmp_path / name for name in ("first.svg", "again.svg")]
     for file in files:
         bench.scenario_plot.draw_arms(file, "extreme", arms)
@@ -321,3 +330,48 @@ def test_one_pass_serves_the_probe_of_the_product_and_the_usual_one(bench, study
     found = standard.extract(task, chosen)
     assert found.shape[1] == 2 * usual.shape[1]  # of two blocks, the last one last
     assert found[:, usual.shape[1] :] == pytest.approx(usual, abs=1e-5)
+
+
+def test_a_page_holds_the_figures_of_the_study_and_says_which_it_lacks(bench):
+    arms = {
+        "ours": {"0": {"end": {"us": {"auroc": 0.75, "knn_accuracy": 0.5}}}},
+        "local": {
+            "0": {"end": {"us": {"auroc": 0.5, "knn_accuracy": 0.25}}},
+            "less_ours": {"us": [-0.25, -0.3, -0.2, 0.01], "mean": [-0.25, -0.3, -0.2, 0.01]},
+        },
+    }
+    results = {"extreme": {"4": arms}}
+    mark = "<!-- table extreme 4 by_modality ours local -->"
+    page = f"Before\n{mark}\nold\n<!-- end -->\nafter"
+    filled = bench.scenario_tables.filled(page, results)
+    assert filled.splitlines() == [
+        "Before", mark, "| less ours [95 %] | ultrasound |", "| --- | --- |",
+        "| local | -0.250 [-0.300, -0.200] |", "<!-- end -->", "after",
+    ]  # fmt: skip
+    assert bench.scenario_tables.filled(filled, results) == filled
+    wrong = page.replace("local", "dino")
+    with pytest.raises(UserError, match=r"'extreme 4 by_modality ours dino'.*not found: 'dino'"):
+        bench.scenario_tables.filled(wrong, results)
+
+
+def test_our_pages_say_what_the_study_found(bench):
+    results = read_json(bench.scenario_tables.RESULTS)["results"]
+    for name in ("README.md", "docs/results.md"):
+        page = (bench.real_images.ROOT / name).read_text()
+        assert bench.scenario_tables.TABLE.search(page)
+        assert bench.scenario_tables.filled(page, results) == page
+
+
+def test_a_shorter_start_has_its_own_file_and_the_others_share_one(bench, study, study_recipe):
+    study.recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 7})
+    assert study.start(3, "ours") == study.start(3, "mae") != study.start(3, "init_100")
+    assert study.start_command(3, "init_100")[3:6] == ["100", "cpu", "3"]
+    assert study.start_command(3, "dino")[3:6] == ["7", "cpu", "3"]
+
+
+def test_another_recipe_or_device_leaves_our_results_alone(bench, study, tmp_path):
+    assert study.results == bench.scenario_tables.RESULTS
+    jobs = bench.scenario_jobs
+    other = jobs.Study(study.data, tmp_path / "gpu", device="cuda")
+    assert other.results == tmp_path / "gpu" / "scenarios.json"
+    assert jobs.make_job(other, "extreme", "ours", 0, 4).device == "cuda"
