@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,12 @@ from core.errors import UserError
 app = new_app("Measure a model on labelled images.")
 
 MODEL_HELP = (
-    "Exported model, run directory, round file, recipe (random init), Hugging Face directory, or "
-    "TIMM_NAME[@PX]:WEIGHTS with a local weight file."
+    "Exported model, run directory, round file, recipe (before round 1), Hugging Face directory, "
+    "or TIMM_NAME[@PX]:WEIGHTS with a local weight file."
 )
 ModelPath = Annotated[
-    Path, typer.Argument(help="Exported model, run directory, round file, or recipe (random init).")
+    Path,
+    typer.Argument(help="Exported model, run directory, round file, or recipe (before round 1)."),
 ]
 DataPath = Annotated[Path, typer.Option("--data", help="Directory of shards or of npz files.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
@@ -119,15 +121,21 @@ def embed(
     from core.site_round import resolve_device
     from core.sites import open_sites
 
-    loaded, sites = open_model(model, resolve_device(device)), open_sites(data)
+    sites = open_sites(data)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     shown = console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
-        bar = bars.add_task("images", total=None)
+        bar = bars.add_task("reading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bars.update(bar, description=what, completed=done, total=total)
+
+        begun = partial(show, "pretraining on phantoms")
+        loaded = open_model(model, resolve_device(device), begun)
         rows = write(
             loaded, sites, out, last_blocks=last_blocks, patients=patients,
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            progress=partial(show, "images"),
         )  # fmt: skip
     typer.echo(f"{out}: {rows:,} embeddings")
 
@@ -180,9 +188,9 @@ def _run(
     evaluate: Callable[..., dict[str, dict[str, float]]],
 ) -> None:  # fmt: skip
     from rich.console import Console
+    from rich.progress import Progress
 
     from core.checkpoint import sha256_file, write_json
-    from core.console import counting
     from core.evaluate import check_task, labelled_tasks, mean_over_modalities
     from core.export import load_model
     from core.site_round import resolve_device
@@ -194,13 +202,18 @@ def _run(
         raise UserError(f"'{data}' holds no labelled image; nothing can be measured")
     for task in tasks:
         check_task(task)
-    model = load_model(model_path, device)
-    console = Console(stderr=True)
     rows: dict[str, dict[str, float]] = {}
-    with counting(console, title, len(tasks), transient=True) as one_done:
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("reading", total=None)
+
+        def pretrained(done: int, total: int) -> None:
+            bars.update(bar, description="pretraining on phantoms", completed=done, total=total)
+
+        model = load_model(model_path, device, pretrained)
+        bars.reset(bar, description=title, total=len(tasks))
         for task in tasks:
             rows |= evaluate(model, [task])
-            one_done()
+            bars.advance(bar)
     result: dict[str, Any] = {
         "measure": title,
         "model": str(model_path),

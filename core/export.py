@@ -1,6 +1,8 @@
 """The released form of a model: the teacher's backbone alone, under timm's names."""
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from core.errors import UserError
 from core.initial import initial_state
 from core.modalities import MEAN_STD
 from core.wire import GlobalState
+
+Counted = Callable[[int, int], None]
+"""Progress: called with what is done and with all there is to do."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,20 @@ def export_teacher(recipe: Recipe, state: GlobalState, out: Path) -> str:
     return save_arrays(out, weights, metadata)
 
 
-def load_model(path: Path, device: str = "cpu") -> Model:
+def load_model(path: Path, device: str = "cpu", on_step: Counted | None = None) -> Model:
     """Load what an evaluator may hand over.
 
     Args:
         path: an exported file; a run directory (its last round) or one of its round files (the
             teacher); or a recipe (.toml): the weights before round 1.
         device: where to put it.
+        on_step: progress of a recipe that begins on phantoms, called with steps done and in all.
 
     Raises:
         UserError: the path is none of these, or its weights do not fit.
     """
     if path.suffix == ".toml":
-        return _from_recipe(load_recipe(path), device)
+        return _from_recipe(load_recipe(path), device, on_step)
     if path.is_dir():
         rounds = sorted(path.glob("round-*.safetensors"))
         if not rounds:
@@ -106,9 +112,11 @@ def _arguments(config: ModelConfig, px: int) -> dict[str, Any]:
     }
 
 
-def _from_recipe(recipe: Recipe, device: str) -> Model:
+def _from_recipe(recipe: Recipe, device: str, on_step: Counted | None) -> Model:
     backbone = create_backbone(recipe.model, recipe.views.global_px)
-    teacher = initial_state(recipe).teacher
+    steps, done = recipe.model.phantom_steps, itertools.count(1)
+    told = (lambda loss: on_step(next(done), steps)) if on_step else None
+    teacher = initial_state(recipe, told).teacher
     weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}
     backbone.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
     return _ready(backbone, recipe.model, recipe.views.global_px, device)

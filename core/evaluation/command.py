@@ -1,6 +1,7 @@
 """`fedmermed-eval run`: from what was typed to a report, with progress and a table."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def make_report(
 
         shards = [shard for site in open_data(data, show).values() for shard in site]
         checked_tasks(shards, report_leaks=settings.report_leaks)
-        loaded = [open_model(model, device) for model in models]
+        begun = partial(show, "pretraining on phantoms")
+        loaded = [open_model(model, device, begun) for model in models]
         groups = read_columns(subgroups, shards) if subgroups else None
         evaluation = evaluate(loaded, shards, settings, columns=groups, on_part=show)
         training = training_images(loaded[0].path.parent) if loaded[0].kind == "run" else None

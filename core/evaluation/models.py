@@ -19,10 +19,11 @@ from torch import nn
 
 from core.backbone import use_plain_attention
 from core.checkpoint import read_json, sha256_file
+from core.config import load_recipe
 from core.errors import UserError
 from core.evaluate import Features, MeanStd, extract, pixel_batches
 from core.evaluation.weights import build, check_name, read_weights
-from core.export import Model, load_model
+from core.export import Counted, Model, load_model
 from core.modalities import MEAN_STD
 
 HUGGING_FACE_WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
@@ -36,7 +37,8 @@ class LoadedModel:
 
     Attributes:
         name: for tables.
-        kind: "run", "export", "random" (a recipe's weights before round 1) or "timm".
+        kind: "run", "export", "random" or "start" (a recipe's weights before round 1,
+            drawn or pretrained) or "timm".
         model: backbone, input size, and the arguments of timm.create_model.
         path: the file whose content decides.
         sha256: of that file.
@@ -55,7 +57,7 @@ class LoadedModel:
     note: str = ""
 
 
-def open_model(spec: str, device: str = "cpu") -> LoadedModel:
+def open_model(spec: str, device: str = "cpu", on_step: Counted | None = None) -> LoadedModel:
     """Load a backbone.
 
     Args:
@@ -64,6 +66,7 @@ def open_model(spec: str, device: str = "cpu") -> LoadedModel:
             `vit_small_patch16_224:dino.pth`. `NAME@64:WEIGHTS` asks for an input of 64 pixels
             instead of the size the weights were trained at; position embeddings are resized.
         device: a torch device name.
+        on_step: as for `core.export.load_model`.
 
     Raises:
         UserError: nothing is there, timm does not know the name, the file cannot be read without
@@ -73,7 +76,7 @@ def open_model(spec: str, device: str = "cpu") -> LoadedModel:
     if path.is_dir() and (path / "config.json").exists():
         return _hugging_face(path, device)
     if path.exists() or ":" not in spec:
-        return _own(path, device)
+        return _own(path, device, on_step)
     name, _, file = spec.partition(":")
     name, at, px = name.partition("@")
     if at and not (px.isdigit() and int(px) > 0):
@@ -131,18 +134,20 @@ def _has_tokens(backbone: nn.Module) -> bool:
     )
 
 
-def _own(path: Path, device: str) -> LoadedModel:
+def _own(path: Path, device: str, on_step: Counted | None) -> LoadedModel:
     if not path.exists():
         _refuse_name_alone(str(path))
     kind, name = _kind_and_name(path)
     file = max(path.glob("round-*.safetensors"), default=path) if path.is_dir() else path
-    return _loaded(name, kind, load_model(file, device), file)
+    return _loaded(name, kind, load_model(file, device, on_step), file)
 
 
 def _kind_and_name(path: Path) -> tuple[str, str]:
     stem, parent = path.stem, path.resolve().parent.name
     if path.suffix == ".toml":
-        return "random", f"random init ({stem})"
+        model = load_recipe(path).model
+        drawn = not (model.phantom_steps or model.init_file)
+        return ("random", f"random init ({stem})") if drawn else ("start", f"start ({stem})")
     if path.is_dir():
         return "run", path.resolve().name
     if (path.parent / "recipe.json").exists() and stem.startswith("round-"):

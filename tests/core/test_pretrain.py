@@ -7,6 +7,7 @@ import torch
 import core.pretrain
 from core.config import ModelConfig
 from core.errors import UserError
+from core.evaluation.models import open_model
 from core.initial import initial_state
 from core.pretrain import Pretraining, pretrain
 from core.train import network_arrays
@@ -50,6 +51,20 @@ def test_a_recipe_may_have_its_study_begin_so_and_says_how_far_it_is(recipe, mon
         assert all(np.array_equal(arrays[name], trained[name]) for name in trained)
     drawn, scratch = initial_state(recipe).student, initial_state(begun.from_scratch).student
     assert all(np.array_equal(drawn[name], scratch[name]) for name in drawn)
+
+
+def test_who_evaluates_a_recipe_sees_how_far_its_pretraining_is(tmp_path, monkeypatch) -> None:
+    quick = Pretraining(steps=2, phantoms=4, batch_size=7)
+    monkeypatch.setattr(core.pretrain, "Pretraining", lambda steps: replace(quick, steps=steps))
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        "[model]\noptions = { patch_size = 8, embed_dim = 32, depth = 2, num_heads = 2 }\n"
+        "phantom_steps = 2\n[views]\nglobal_px = 16\nlocal_px = 8\n"
+    )
+    told: list[tuple[int, int]] = []
+    loaded = open_model(str(file), on_step=lambda *counts: told.append(counts))
+    assert told == [(1, 2), (2, 2)]
+    assert (loaded.name, loaded.kind) == ("start (recipe)", "start")
 
 
 def test_a_backbone_without_class_token_is_refused_in_plain_words(recipe) -> None:
