@@ -5,10 +5,12 @@ A page has a table between two marks,
     <!-- table SCENARIO STEPS KIND ARM ... -->
     <!-- end -->
 
-KIND is one of KINDS. Run: python benchmarks/scenario_tables.py PAGE.md ... writes the tables anew;
-so a page cannot say another figure than the study's.
+KIND is one of KINDS; `table tuning val tries ARM ...` shows what was tried for competitors.
+Run: python benchmarks/scenario_tables.py PAGE.md ... writes the tables anew; so a page cannot say
+another figure than the study's.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ from core.errors import UserError
 from core.modalities import MODALITIES, TITLES
 
 RESULTS: Final = Path(__file__).resolve().with_name("scenarios.json")
+TRIED: Final = RESULTS.with_name("competitors.json")
 TABLE: Final = re.compile(r"<!-- table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 Arm = Mapping[str, Any]
 """Seed -> what its job found; "less_ours", "change" -> modality -> difference, low, high, p."""
@@ -115,6 +118,22 @@ def cpu(study: Study) -> str:
     return markdown(["arm", "jobs", "a step and site", "a measurement", "a job", "all"], rows)
 
 
+def tries(study: Study) -> str:
+    """Mean AUROC on val of each try, of either network; the chosen one is bold."""
+    rows = []
+    for name, arm in study.items():
+        chosen = {k: v for k, v in arm["chosen"].items() if k != "measured"}
+        for row in arm["tries"]:
+            best = row["values"] == chosen
+            cells = [
+                f"**{row['val'][n]:.4f}**" if best and n == arm["chosen"]["measured"]
+                else f"{row['val'][n]:.4f}"
+                for n in ("student", "teacher")
+            ]  # fmt: skip
+            rows.append([name, json.dumps(row["values"]).strip("{}").replace('"', ""), *cells])
+    return markdown(["arm", "values", "student", "teacher"], rows)
+
+
 KINDS: Final[Mapping[str, Callable[[Study], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
     "by_modality": by_modality, "change": change, "cpu": cpu,
@@ -170,7 +189,7 @@ def filled(page: str, results: Mapping[str, Any]) -> str:
         try:
             scenario, steps, kind, *arms = words
             rows = results[scenario][steps]
-            text = KINDS[kind]({arm: rows[arm] for arm in arms or rows})
+            text = (KINDS | {"tries": tries})[kind]({arm: rows[arm] for arm in arms or rows})
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"table '{match[1]}': expected SCENARIO STEPS KIND ARM ..., each in scenarios.json "
@@ -182,8 +201,20 @@ def filled(page: str, results: Mapping[str, Any]) -> str:
     return TABLE.sub(table, page)
 
 
+def all_results() -> dict[str, Any]:
+    """What the tables of our pages are made of: the study's results, and its tuning."""
+    tuning: dict[str, Any] = {}
+    if TRIED.exists():
+        tried = read_json(TRIED)
+        tuning = {
+            arm: {"tries": rows, "chosen": tried["chosen"][arm]}
+            for arm, rows in tried["tries"].items()
+        }
+    return {**read_json(RESULTS)["results"], "tuning": {"val": tuning}}
+
+
 def main() -> None:
-    results = read_json(RESULTS)["results"]
+    results = all_results()
     for name in sys.argv[1:]:
         page = Path(name)
         write_atomically(page, filled(page.read_text(), results).encode())

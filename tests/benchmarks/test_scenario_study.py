@@ -355,11 +355,25 @@ def test_a_page_holds_the_figures_of_the_study_and_says_which_it_lacks(bench):
 
 
 def test_our_pages_say_what_the_study_found(bench):
-    results = read_json(bench.scenario_tables.RESULTS)["results"]
+    results = bench.scenario_tables.all_results()
     for name in ("README.md", "docs/results.md"):
         page = (bench.real_images.ROOT / name).read_text()
         assert bench.scenario_tables.TABLE.search(page)
         assert bench.scenario_tables.filled(page, results) == page
+
+
+def test_the_values_that_were_chosen_are_bold_among_those_tried(bench):
+    rows = [
+        {"values": {"rate": rate}, "val": {"student": 0.5, "teacher": rate / 10}}
+        for rate in (1.0, 3.0)
+    ]
+    arm = {"tries": rows, "chosen": {"rate": 3.0, "measured": "student"}}
+    mark = "<!-- table tuning val tries dino -->"
+    page = bench.scenario_tables.filled(f"{mark}\n<!-- end -->", {"tuning": {"val": {"dino": arm}}})
+    assert page.splitlines()[3:-1] == [
+        "| dino | rate: 1.0 | 0.5000 | 0.1000 |",
+        "| dino | rate: 3.0 | **0.5000** | 0.3000 |",
+    ]
 
 
 def test_a_shorter_start_has_its_own_file_and_the_others_share_one(bench, study, study_recipe):
