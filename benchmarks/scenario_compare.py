@@ -47,3 +47,27 @@ def differences(arm: Draws, other: Draws) -> dict[str, Comparison]:
     seeds = sorted(set(arm) & set(other))
     a, b = over_seeds(arm, seeds), over_seeds(other, seeds)
     return {name: compare(a[name], b[name]) for name in a if name in b}
+
+
+def per_doubling(points: Mapping[int, Draws]) -> dict[str, Comparison]:
+    """Modality, and MEAN -> how much the AUROC grows when a length doubles: a fitted line's slope.
+
+    Args:
+        points: length, two at least -> draws; seeds that not all have are left out.
+    """
+    lengths = sorted(points)
+    seeds = sorted(set.intersection(*(set(points[length]) for length in lengths)))
+    x = np.log2(lengths) - np.log2(lengths).mean()
+    lever = x / (x @ x)  # least squares
+    rows = [over_seeds(points[length], seeds) for length in lengths]
+    found = {}
+    for name in rows[0]:
+        parts = [row[name] for row in rows]
+        slope = Resampled(
+            float(lever @ [part.value for part in parts]),
+            lever @ np.stack([part.draws for part in parts]),
+            min(part.freedom for part in parts),
+        )
+        flat = Resampled(0.0, np.zeros_like(slope.draws), slope.freedom)
+        found[name] = compare(slope, flat)
+    return found

@@ -66,7 +66,7 @@ def votes(study: Study) -> str:
 
 
 def means(study: Study) -> str:
-    """What a reader wants first: means over the modalities, and the intervals."""
+    """Means over the modalities, with the intervals of their difference to ours."""
     rows = []
     for name, arm in study.items():
         cells = []
@@ -87,6 +87,15 @@ def by_modality(study: Study) -> str:
         if "less_ours" in arm
     ]
     return markdown(["less ours [95 %]", *(TITLES[m] for m in names)], rows)
+
+
+def growth(study: Study) -> str:
+    """How much a start's AUROC grows when it learns from phantoms for twice as many steps."""
+    rows = [
+        [TITLES.get(name, name), _shown(cells)]
+        for name, cells in study.get("init", {}).get("per_doubling", {}).items()
+    ]
+    return markdown(["", "for twice as many steps on phantoms [95 %]"], rows)
 
 
 def change(study: Study) -> str:
@@ -136,7 +145,7 @@ def tries(study: Study) -> str:
 
 KINDS: Final[Mapping[str, Callable[[Study], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
-    "by_modality": by_modality, "change": change, "cpu": cpu,
+    "by_modality": by_modality, "growth": growth, "change": change, "cpu": cpu,
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import competitors
 import torch
-from scenario_compare import MEAN, Draws, differences
+from scenario_compare import MEAN, Draws, differences, per_doubling
 from scenario_jobs import Job, Study, draws_of, make_job, results_of, run_jobs
 from scenario_plot import draw_arms
 from scenario_sites import JOINING, LEAVING, SCENARIOS
@@ -93,8 +93,8 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
         shown = {arm: rows[arm] for arm in competitors.ARMS if arm in done}
         print(f"\n### {scenario}, {steps} steps a site")
         for kind, table in KINDS.items():
-            if kind != "change" or scenario in CHANGING:
-                print(f"\n{(table.__doc__ or kind).splitlines()[0]}\n\n{table(shown)}", flush=True)
+            if (text := table(shown)).count("\n") > 1:  # it has rows
+                print(f"\n{(table.__doc__ or kind).splitlines()[0]}\n\n{text}", flush=True)
         if plots and "ours" in done:
             draw_arms(plots / f"{scenario}.svg", f"{scenario}, {steps} steps a site", shown)
     write_json(file, facts | {"results": results})
@@ -110,6 +110,11 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
         for key, probe in (("less_ours", end), ("less_ours_standard", usual)):
             if arm != "ours" and set(probe[arm]) & set(probe.get("ours", ())):
                 found[arm][key] = listed(differences(probe[arm], probe["ours"]))
+        if arm == "init":
+            lengths = {**competitors.STARTS, "init": study.phantom_steps("init")}
+            points = {n: end[a] for a, n in lengths.items() if len(end.get(a, ())) == len(pairs)}
+            if len(points) > 1:
+                found[arm]["per_doubling"] = listed(per_doubling(points))
         if arm in half:
             changes = listed(differences(end[arm], half[arm]))
             found[arm]["change"] = {name: changes[name] for name in (*CHANGING[scenario], MEAN)}

@@ -236,6 +236,26 @@ def test_an_arm_that_helps_one_seed_of_three_alone_is_not_told_from_ours(bench):
     assert found.low < 0.01
 
 
+def test_growth_is_the_slope_over_doublings_and_knows_no_growth_from_little(bench):
+    generator = np.random.default_rng(0)
+    noise = {seed: 0.05 * generator.standard_normal(1000) for seed in range(3)}
+    growing, still = (
+        {
+            length: {
+                seed: {"us": resampled(0.7 + seed / 50 + slope * step, generator, noise[seed])}
+                for seed in range(3)
+            }
+            for step, length in enumerate((100, 200, 400))
+        }
+        for slope in (0.02, 0.0)
+    )
+    found = bench.scenario_compare.per_doubling(growing)["us"]
+    assert found.difference == pytest.approx(0.02)
+    assert 0.005 < found.low < 0.02 < found.high < 0.035
+    found = bench.scenario_compare.per_doubling(still)[bench.scenario_compare.MEAN]
+    assert found.low < 0 < found.high
+
+
 def test_draws_come_back_from_the_disk_as_they_were(bench, study):
     (job,) = bench.scenarios.plan(study, ["extreme"], ["ours"], [0], [4])
     draws = np.linspace(0, 1, 1000, dtype=np.float32)
