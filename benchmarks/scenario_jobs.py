@@ -86,7 +86,7 @@ class Job:
         steps = json.loads(self.recipe)["federation"]
         name = f"{self.scenario}-{self.arm}-{steps['rounds'] * steps['local_steps']}-{self.seed}"
         if self.tuning:
-            values = "-".join(f"{key}{value:g}" for key, value in self.values.items())
+            values = "-".join(f"{key}{value:g}" for key, value in sorted(self.values.items()))
             name = f"tune-{name}-{values}"
         return name
 

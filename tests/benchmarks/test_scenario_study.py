@@ -64,13 +64,15 @@ def test_a_job_leaves_what_tables_need_and_counts_for_itself_alone(bench, study,
     assert row.endswith(f"| {np.mean(accuracies):.3f} |")
 
 
-def test_a_try_measures_both_networks_on_val_and_nothing_on_test(bench, study, hospitals):
-    job = bench.scenario_jobs.tuning_job(study, "mae", {"rate": 1.0, "depth": 1}, 4)
+def test_a_try_measures_both_networks_on_val_and_nothing_on_test(bench, study, hospitals, tmp_path):
+    planned = bench.scenario_jobs.tuning_job(study, "mae", {"rate": 1.0, "depth": 1}, 4)
+    write_json(tmp_path / "job.json", dataclasses.asdict(planned))
+    job = bench.scenario_jobs.Job(**read_json(tmp_path / "job.json"))  # as its process reads it
     (shard,) = hospitals["us"]
     unseen = np.where(shard.split == "test", -1, shard.label)  # no test label is needed
     hidden = {"us": [dataclasses.replace(shard, label=unseen)]}
     bench.scenario_run.execute(job, hidden, study.out)
-    result = bench.scenario_jobs.results_of(study, job)
+    result = bench.scenario_jobs.results_of(study, planned)
     assert set(result["val"]) == {"student", "teacher"}
     assert result["end"] == result["half"] == {}
     assert job.seed == bench.competitors.TUNING_SEED
