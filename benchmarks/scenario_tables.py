@@ -113,6 +113,18 @@ def change(study: Study) -> str:
     return markdown(["arm", "", "half time", "end", "change [95 %]"], rows)
 
 
+def noticed(study: Study) -> str:
+    """What the coordinator noticed, summed over seeds."""
+    rows = []
+    for name, arm in study.items():
+        jobs = seeds_of(arm)
+        counts = [str(sum(job[key] for job in jobs)) for key in ("outliers", "rejected")]
+        held = sorted({site for job in jobs for site in job["held"]})
+        if any(count != "0" for count in counts) or held:
+            rows.append([name, *counts, ", ".join(held) or "none"])
+    return markdown(["arm", "reports of an odd site", "updates rejected", "held back"], rows)
+
+
 def cpu(study: Study) -> str:
     """CPU seconds: a step of a site, one measurement of all modalities, a job, all jobs."""
     rows = []
@@ -145,7 +157,8 @@ def tries(study: Study) -> str:
 
 KINDS: Final[Mapping[str, Callable[[Study], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
-    "by_modality": by_modality, "growth": growth, "change": change, "cpu": cpu,
+    "by_modality": by_modality, "growth": growth, "change": change,
+    "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 

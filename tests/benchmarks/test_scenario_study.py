@@ -384,6 +384,14 @@ def test_our_pages_say_what_the_study_found(bench):
         assert bench.scenario_tables.filled(page, results) == page
 
 
+def test_what_the_coordinator_noticed_is_summed_and_quiet_arms_are_left_out(bench):
+    quiet = {"outliers": 0, "rejected": 0, "held": []}
+    loud = {"outliers": 2, "rejected": 1, "held": ["us"]}
+    study = {"ours": {"0": quiet, "1": loud, "2": loud}, "local": {"0": quiet}}
+    lines = bench.scenario_tables.noticed(study).splitlines()
+    assert lines[2:] == ["| ours | 4 | 2 | us |"]
+
+
 def test_the_values_that_were_chosen_are_bold_among_those_tried(bench):
     rows = [
         {"values": {"rate": rate}, "val": {"student": 0.5, "teacher": rate / 10}}
