@@ -69,6 +69,12 @@ def by_arm(study: Study, jobs: Sequence[Job]) -> Done:
     return done
 
 
+def seeds_of(study: Study) -> list[int]:
+    """Seeds that have any result, so that a run of some does not forget the others."""
+    names = [file.stem for file in (study.out / "measured").glob("*.json")]
+    return sorted({int(n.rpartition("-")[2]) for n in names if not n.startswith("tune-")})
+
+
 def draws(study: Study, done: Done, moment: str) -> dict[str, Draws]:
     """Arm -> seed -> modality -> AUROC with its draws."""
     return {arm: {j.seed: draws_of(study, j, moment) for j, _ in r} for arm, r in done.items()}
@@ -85,8 +91,10 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
     for job in jobs:
         groups.setdefault((job.scenario, job.name.split("-")[-2]), []).append(job)
     for (scenario, steps), chosen in groups.items():
-        if not (done := by_arm(study, chosen)):
+        if not by_arm(study, chosen):
             continue
+        arms = dict.fromkeys(["ours", *(job.arm for job in chosen)])
+        done = by_arm(study, plan(study, [scenario], [*arms], seeds_of(study), [int(steps)]))
         rows = results.setdefault(scenario, {}).setdefault(steps, {})
         for arm, found in compared(study, scenario, done).items():
             rows[arm] = rows.get(arm, {}) | found

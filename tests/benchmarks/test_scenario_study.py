@@ -238,6 +238,18 @@ def test_an_arm_that_helps_one_seed_of_three_alone_is_not_told_from_ours(bench):
     assert found.low < 0.01
 
 
+def test_a_later_run_of_one_seed_keeps_the_comparison_of_all(bench, study, hospitals):
+    jobs = bench.scenarios.plan(study, ["extreme"], ["ours", "init"], [0, 1], [4])
+    for job in jobs:
+        bench.scenario_run.execute(job, {"us": hospitals["us"]}, study.out)
+    bench.scenarios.report(study, jobs)
+    first = read_json(study.results)
+    later = bench.scenarios.plan(study, ["extreme"], ["init"], [1], [4])
+    bench.scenarios.report(study, later)
+    assert read_json(study.results) == first
+    assert "less_ours" in first["results"]["extreme"]["4"]["init"]
+
+
 def test_growth_is_the_slope_over_doublings_and_knows_no_growth_from_little(bench):
     generator = np.random.default_rng(0)
     noise = {seed: 0.05 * generator.standard_normal(1000) for seed in range(3)}
