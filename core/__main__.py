@@ -203,7 +203,8 @@ def _run(
     for task in tasks:
         check_task(task)
     rows: dict[str, dict[str, float]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("reading", total=None)
 
         def pretrained(done: int, total: int) -> None:
