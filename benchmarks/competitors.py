@@ -32,8 +32,9 @@ competitor may be measured on its student or on the student's moving average, wh
 on val.
 
 Run: python benchmarks/competitors.py --data DIR --tune [--out runs/scenarios] [--jobs 2]
-     [--arms dino mae ...] [--steps N]
-It resumes after a kill, adds to benchmarks/competitors.json and prints a table.
+     [--arms dino mae ...] [--steps N] [--recipe FILE] [--device cuda]
+It resumes after a kill, adds to benchmarks/competitors.json (with another recipe or device, to
+OUT/competitors.json) and prints a table.
 """
 
 import argparse
@@ -159,7 +160,7 @@ def tries(name: str) -> list[Values]:
     return [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())]
 
 
-def chosen_values(name: str, recipe_sha256: str, file: Path = CHOSEN) -> tuple[Values, bool]:
+def chosen_values(name: str, recipe_sha256: str, file: Path) -> tuple[Values, bool]:
     """An arm's values, and whether they need no tuning or had it with this recipe."""
     if name not in GRIDS:
         return {}, True
@@ -193,8 +194,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--steps", type=int, help="of a site; the recipe's without it")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--recipe", type=Path, help="another than configs/seven_sites.toml")
+    parser.add_argument("--device", default="cpu", help="a torch device; with one of them --jobs 1")
     arguments = parser.parse_args()
-    study = Study(arguments.data, arguments.out.resolve())
+    study = Study(arguments.data, arguments.out.resolve(), arguments.recipe, arguments.device)
     jobs = {
         (arm, number): tuning_job(study, arm, values, arguments.steps)
         for arm in arguments.arms
@@ -202,7 +205,8 @@ def main() -> None:
     }
     run_jobs(study, list(jobs.values()), arguments.jobs)
     table: dict[str, Any] = {"recipe_sha256": study.recipe_sha256, "chosen": {}, "tries": {}}
-    if CHOSEN.exists() and (before := read_json(CHOSEN))["recipe_sha256"] == study.recipe_sha256:
+    file = study.tried
+    if file.exists() and (before := read_json(file))["recipe_sha256"] == study.recipe_sha256:
         table = before
     print("| arm | values | student | teacher | CPU s |\n|---|---|---|---|---|")
     for arm in arguments.arms:
@@ -217,7 +221,7 @@ def main() -> None:
         table["tries"][arm] = [{"values": v, "val": figures} for v, figures in rows]
         table["chosen"][arm] = best(arm, rows)
         print(f"| **{arm}** | **{json.dumps(table['chosen'][arm])}** | | | |")
-    write_json(CHOSEN, table)
+    write_json(file, table)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Study:
         self.recipe_sha256 = hashlib.sha256(text.encode()).hexdigest()
         usual = self.recipe_file == real_images.RECIPE and device == "cpu"
         self.results = scenario_tables.RESULTS if usual else out / "scenarios.json"
+        self.tried = competitors.CHOSEN if usual else out / "competitors.json"
 
     def phantom_steps(self, arm: str) -> int:
         """How long the start of an arm learned from phantoms."""
@@ -98,7 +99,7 @@ def make_job(
 
     Arms with rounds of another length have as many steps as the others.
     """
-    values, tuned = competitors.chosen_values(arm, study.recipe_sha256)
+    values, tuned = competitors.chosen_values(arm, study.recipe_sha256, study.tried)
     federation = study.recipe.federation
     local_steps, total = federation.local_steps, steps or study.recipe.total_steps
     rounds = max(2, total // local_steps)

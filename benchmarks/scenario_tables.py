@@ -73,7 +73,8 @@ def means(study: Study) -> str:
         for moment, less in (("end", "less_ours"), ("end_standard", "less_ours_standard")):
             cells += [with_spread(figures(arm, moment).get(MEAN, ())), _difference(arm, less)]
         vote = with_spread(figures(arm, "end", "knn_accuracy").get(MEAN, ()))
-        rows.append([name, *cells, vote])
+        tuned = all(job["tuned"] for job in seeds_of(arm))
+        rows.append([name if tuned else f"{name} (not tuned)", *cells, vote])
     less = "less ours [95 %]"
     return markdown(["arm", "probe", less, "usual probe", less, "vote"], rows)
 

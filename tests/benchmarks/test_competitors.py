@@ -47,7 +47,7 @@ def test_the_loss_of_a_competitor_falls_in_a_few_steps_and_its_gradient_is_finit
         "mae": bench.competitor_mae.masked_autoencoder(depth=1),
         "fedema": bench.competitor_fedema.byol(),
     }[name]
-    values, _ = bench.competitors.chosen_values(name, "")
+    values, _ = bench.competitors.chosen_values(name, "", bench.competitors.CHOSEN)
     recipe = bench.competitors.make_arm(name, values).recipe(study_recipe)
     step = step_of(competitor, recipe=recipe)
     optimizer = torch.optim.AdamW(step.student.parameters(), lr=3e-3)
@@ -72,7 +72,9 @@ def test_every_arm_federates_two_rounds_with_finite_weights(bench, study_recipe,
     elsewhere = {"init", "local", "pooled", "rehearsal", *bench.competitors.WITHOUT_NETWORK}
     elsewhere |= set(bench.competitors.ROUND_LENGTHS)
     for name in set(bench.competitors.ARMS) - elsewhere:
-        values, _ = bench.competitors.chosen_values(name, "no such recipe")
+        values, _ = bench.competitors.chosen_values(
+            name, "no such recipe", bench.competitors.CHOSEN
+        )
         arm = bench.competitors.make_arm(name, values)
         federation = rounds(bench, recipe, hospitals, arm)
         outcomes = [o for line in federation.lines for o in line["sites"].values()]
@@ -301,7 +303,7 @@ def test_description_alone_trains_no_head_and_needs_a_recipe_that_describes(
 def test_all_arms_begin_with_the_same_backbone(bench, study_recipe):
     ours = bench.federation_loop.initial_state(study_recipe).student
     for name in ("dino", "mae", "fedema"):
-        values, _ = bench.competitors.chosen_values(name, "")
+        values, _ = bench.competitors.chosen_values(name, "", bench.competitors.CHOSEN)
         arm = bench.competitors.make_arm(name, values)
         theirs = arm.initial(arm.recipe(study_recipe))
         for network in (theirs.student, theirs.teacher):

@@ -430,4 +430,5 @@ def test_another_recipe_or_device_leaves_our_results_alone(bench, study, tmp_pat
     jobs = bench.scenario_jobs
     other = jobs.Study(study.data, tmp_path / "gpu", device="cuda")
     assert other.results == tmp_path / "gpu" / "scenarios.json"
+    assert other.tried == tmp_path / "gpu" / "competitors.json"
     assert jobs.make_job(other, "extreme", "ours", 0, 4).device == "cuda"
