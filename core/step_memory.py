@@ -3,14 +3,17 @@
 Counted are weights, moments and gradients, the memory bank, the views, and what autograd keeps of
 the larger of the two passes of a part (`core.step` goes backward through one resolution before the
 next, and through one part of a batch before the next). With checkpointing it errs by up to a
-quarter, to the safe side. The formula is for timm's plain vision transformer;
-`benchmarks/step_peak.py`, `benchmarks/training_step.py` and the tests hold it against bytes.
+quarter, to the safe side. The formula is for timm's plain vision transformer; a convolutional stem
+before it is tried with one image. `benchmarks/step_peak.py`, `benchmarks/training_step.py` and the
+tests hold it against bytes.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.backbone import Network
 from core.config import Recipe
@@ -110,8 +113,31 @@ def kept_bytes(
         kept = (depth - 1) * row + (4 + size) * width  # the class token's part: core.class_token
     if described:  # the last norm, in and out; what the patches' head reads; how far off it is
         kept += 3 * 4 * width + 4 * FIGURES * PATCH_CELLS**2
-    return int(images * (tokens * kept + 3 * size * px**2))
+    stem = _stem_bytes(backbone.patch_embed, px, half=half)
+    return int(images * (tokens * kept + 3 * size * px**2 + stem))
+
+
+def _stem_bytes(embed: Any, px: int, *, half: bool) -> int:
+    """What a pass of one image through a hybrid's convolutions keeps, the image apart."""
+    if not hasattr(embed, "backbone"):
+        return 0
+    stem = copy.deepcopy(embed.backbone).to_empty(device="cpu")
+    weights = {tuple(p.shape) for p in stem.parameters()}
+    image = torch.zeros(1, 3, px, px)
+    kept: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) not in weights | {tuple(image.shape)}:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        features = stem(image)
+        features = features[-1] if isinstance(features, list | tuple) else features
+        look(features.to(torch.bfloat16) if half else features)  # the projection takes it in
+    return sum(kept.values())
 
 
 def _tokens(backbone: Any, px: int) -> int:
-    return int((px // backbone.patch_embed.patch_size[0]) ** 2 + backbone.num_prefix_tokens)
+    return int((px // backbone.patch_embed.feat_ratio()) ** 2 + backbone.num_prefix_tokens)

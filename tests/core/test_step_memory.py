@@ -59,6 +59,19 @@ def test_what_a_forward_pass_keeps_is_foretold_within_five_percent(
 
 
 @pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("px", [64, 96])
+def test_what_a_convolutional_stem_keeps_is_foretold_within_five_percent(
+    half: bool, px: int
+) -> None:
+    options = {"patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    hybrid = {"backbone": "vit_tiny_r_s16_p8_224", "options": options, "head_hidden": 64}
+    network = Network(recipe(model=hybrid).model, 64)
+    use_plain_attention(network)
+    foretold = kept_bytes(network, px, 4, half=half, fused_attention=False)
+    assert foretold == pytest.approx(measured(network, px, 4, half), rel=0.05)
+
+
+@pytest.mark.parametrize("half", [True, False])
 def test_what_a_described_pass_keeps_is_foretold_within_five_percent(half: bool) -> None:
     network = Network(recipe().model, 64, describes=True)
     use_plain_attention(network)
