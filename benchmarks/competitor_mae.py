@@ -4,6 +4,8 @@ Three quarters of the patches are hidden; the backbone sees the others, and a sm
 the hidden ones, each patch brought to mean 0 and deviation 1. Backbone and decoder are averaged.
 """
 
+import math
+
 import torch
 from competitor_step import Competitor, Step, precision
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -27,7 +29,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         px = recipe.views.global_px
         self.backbone = create_backbone(recipe.model, px, drop_path=recipe.model.drop_path)
-        self.patch = int(self.backbone.patch_embed.patch_size[0])
+        self.patch = int(self.backbone.patch_embed.feat_ratio())
         side = px // self.patch
         self.enter = nn.Linear(self.backbone.num_features, WIDTH)
         self.missing = nn.Parameter(torch.zeros(WIDTH))
@@ -39,11 +41,18 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, pixels: Tensor, seen: Tensor) -> Tensor:
         """Tokens [B, 1 + n, d] of the class and of the patches that are seen [B, n]."""
         vit = self.backbone
+        pixels = pixels * self._shown(seen)  # convolutions would carry hidden ones into others
         tokens = vit._pos_embed(vit.patch_embed(pixels))
         first = vit.num_prefix_tokens
         patches = tokens[:, first:].gather(1, seen[..., None].expand(-1, -1, tokens.shape[-1]))
         tokens = vit.norm_pre(torch.cat([tokens[:, :first], patches], dim=1))
         return vit.norm(vit.blocks(tokens))
+
+    def _shown(self, seen: Tensor) -> Tensor:
+        """1 at the pixels of patches that are seen [B, 1, H, W], 0 at the others."""
+        side = math.isqrt(len(self.places))
+        shown = torch.zeros(len(seen), side**2, device=seen.device).scatter(1, seen, 1.0)
+        return nn.functional.interpolate(shown.view(-1, 1, side, side), scale_factor=self.patch)
 
     def forward(self, pixels: Tensor, seen: Tensor) -> Tensor:
         """All patches as they are drawn [B, N, 3 P^2] from those that are seen."""

@@ -91,8 +91,14 @@ def test_a_masked_autoencoder_hides_three_quarters_of_the_patches_of_every_image
     assert len({tuple(sorted(row)) for row in seen.tolist()}) == 50
 
 
-def test_a_masked_autoencoder_sees_nothing_of_what_is_hidden(bench, step_of):
-    step = step_of(bench.competitor_mae.masked_autoencoder(depth=1))
+@pytest.mark.parametrize("stem", [False, True])
+def test_a_masked_autoencoder_sees_nothing_of_what_is_hidden(bench, step_of, study_recipe, stem):
+    recipe = study_recipe
+    if stem:  # convolutions, which reach from one patch into others
+        options = {**study_recipe.model.options, "patch_size": 1}
+        model = {"backbone": "vit_tiny_r_s16_p8_224", "options": options}
+        recipe = bench.federation_loop.changed(study_recipe, model=model)
+    step = step_of(bench.competitor_mae.masked_autoencoder(depth=1), recipe=recipe)
     pixels = step.large[0]
     seen, hidden = bench.competitor_mae.hide(len(pixels), 64, step.draws)
     shown = functional.interpolate((~hidden).float().view(-1, 1, 8, 8), scale_factor=4)
