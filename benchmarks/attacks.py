@@ -23,6 +23,7 @@ from typing import Any
 import inversion
 import membership
 import numpy as np
+from real_images import PLAIN_VIT, RECIPE
 
 from core.config import Recipe, load_recipe, recipe_from_json
 from core.import_npz import read_npz
@@ -46,7 +47,7 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 def run_inversion(data: Path, out: Path | None) -> None:
     """Print the table of inversions, and write the picture."""
-    whole = load_recipe(ROOT / "configs" / "seven_sites.toml").from_scratch
+    whole = changed(load_recipe(RECIPE), model=PLAIN_VIT)
     federation = {"rounds": 1, "local_steps": 1, "prototypes_per_modality": 0}
     recipe = changed(whole, federation=federation, evaluation={"every_rounds": 0})
     round_of = changed(recipe, federation={**federation, "rounds": 20, "local_steps": 20})

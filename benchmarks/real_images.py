@@ -19,6 +19,13 @@ from core.sites import open_sites
 ROOT: Final = Path(__file__).resolve().parents[1]
 RECIPE: Final = ROOT / "configs" / "seven_sites.toml"
 """One hospital a modality, 64 px."""
+PLAIN_VIT: Final[dict[str, Any]] = {
+    "backbone": "vit_tiny_patch16_224",
+    "options": {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
+    "phantom_steps": 0,
+}
+"""The recipe's blocks on patches of pixels, drawn at random: `[model]` of benchmarks that look at
+patches or compare with what has no convolutions."""
 
 
 def prepare(data: Path, out: Path) -> dict[str, Path]:

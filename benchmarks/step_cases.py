@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from published_step import MaskedRing, PublishedStep, pil_views
+from real_images import PLAIN_VIT, RECIPE
 from torch import Tensor
 
 from core.augment import make_views
@@ -25,8 +26,6 @@ from core.step import TrainState
 from core.train import load_network, new_state, train
 from core.wire import GlobalState
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "configs" / "seven_sites.toml"
 SITE, CPU = "benchmark", torch.device("cpu")
 Batches = Callable[[int], Sequence[Batch]]
 
@@ -53,13 +52,13 @@ CASES = {
 def recipe_of(case: Case, **optim: object) -> Recipe:
     """configs/seven_sites.toml with the case's batch and memory, from random weights.
 
-    Without description, which the published method does not have.
+    Without convolutions and description, which the published method does not have.
     """
     recipe = load_recipe(RECIPE)
     memory = {"entries_per_modality": case.entries // len(case.modalities), "blocks": case.blocks}
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"phantom_steps": 0}),
+            "model": recipe.model.model_copy(update=PLAIN_VIT),
             "loss": recipe.loss.model_copy(update={"description_weight": 0.0}),
             "optim": recipe.optim.model_copy(update={"batch_size": case.batch, **optim}),
             "memory": recipe.memory.model_copy(update=memory),

@@ -29,7 +29,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from real_images import prepare
+from real_images import PLAIN_VIT, prepare
 
 from core.backbone import Network
 from core.checkpoint import Arrays
@@ -249,8 +249,9 @@ def scales(data: Path, out: Path) -> None:
 def shortened(recipe: Recipe, seed: int) -> Recipe:
     """Many rounds of few steps, a network small enough for minutes of one core."""
     options = {"patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 3}
+    network = {**PLAIN_VIT, "options": options}
     changes = {
-        "model": recipe.model.model_copy(update={"options": options}),
+        "model": recipe.model.model_copy(update=network),
         "views": recipe.views.model_copy(update={"local_views": 0}),
         "federation": recipe.federation.model_copy(update={"rounds": ROUNDS, "local_steps": 3}),
         "evaluation": EvaluationConfig(every_rounds=0),
