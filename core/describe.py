@@ -17,24 +17,28 @@ FIGURES = 2 * DIRECTIONS + 2 * 3
 """Figures a cell: directions relative to the cell's energy, directions, mean colour, deviation."""
 
 
-def describe(pixels: Tensor, cells: int) -> Tensor:
-    """Describe each cell of a grid.
+def describe(pixels: Tensor, *grids: int) -> list[Tensor]:
+    """Describe each cell of one or several grids; the gradients are taken once for all.
 
     Args:
         pixels: [B, 3, H, W] in [0, 1].
-        cells: cells a side; they overlap where it does not divide H and W.
+        grids: cells a side of each; they overlap where it does not divide H and W.
 
     Returns:
-        [B, FIGURES, cells, cells]: roots of the mean gradient by direction, once divided by the
-        cell's own norm (what texture) and once as they are (how much), then mean and deviation of
-        each colour.
+        A grid's [B, FIGURES, cells, cells]: roots of the mean gradient by direction, once divided
+        by the cell's own norm (what texture) and once as they are (how much), then mean and
+        deviation of each colour.
     """
-    histogram = (functional.adaptive_avg_pool2d(_directions(pixels), cells) + 1e-4).sqrt()
-    relative = histogram / (histogram.square().sum(1, keepdim=True) + 0.01).sqrt()
-    mean = functional.adaptive_avg_pool2d(pixels, cells)
-    square = functional.adaptive_avg_pool2d(pixels.square(), cells)
-    deviation = (square - mean.square()).clamp(min=0).add(1e-5).sqrt()
-    return torch.cat([relative, histogram, mean, deviation], dim=1)
+    directions, squares = _directions(pixels), pixels.square()
+    found = []
+    for cells in grids:
+        histogram = (functional.adaptive_avg_pool2d(directions, cells) + 1e-4).sqrt()
+        relative = histogram / (histogram.square().sum(1, keepdim=True) + 0.01).sqrt()
+        mean = functional.adaptive_avg_pool2d(pixels, cells)
+        square = functional.adaptive_avg_pool2d(squares, cells)
+        deviation = (square - mean.square()).clamp(min=0).add(1e-5).sqrt()
+        found.append(torch.cat([relative, histogram, mean, deviation], dim=1))
+    return found
 
 
 def _directions(pixels: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Description(nn.Module):
             pixels = nn.functional.interpolate(
                 pixels, (px, px), mode="bilinear", antialias=True, align_corners=False
             )
-        grid, fine = describe(pixels, GRID_CELLS), describe(pixels, self.side * PATCH_CELLS)
+        grid, fine = describe(pixels, GRID_CELLS, self.side * PATCH_CELLS)
         return (
             grid.mean(0, keepdim=True),
             grid.std((0, 2, 3), keepdim=True) + 1e-3,
@@ -76,8 +76,8 @@ class Description(nn.Module):
             usual: of the pictures' modality.
         """
         grid_mean, grid_std, patch_mean, patch_std = usual
-        grid = (describe(pixels, GRID_CELLS) - grid_mean) / grid_std
-        fine = (describe(pixels, self.side * PATCH_CELLS) - patch_mean) / patch_std
+        seen, close = describe(pixels, GRID_CELLS, self.side * PATCH_CELLS)
+        grid, fine = (seen - grid_mean) / grid_std, (close - patch_mean) / patch_std
         patch = (self.side, PATCH_CELLS)
         cells = fine.reshape(*fine.shape[:2], *patch, *patch)  # [B, F, side, P, side, P]
         patches = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, side^2, F * P^2]

@@ -45,9 +45,9 @@ def test_an_answer_that_is_right_costs_nothing_and_the_usual_one_costs_one_a_par
 
     one = pixels[:1]
     told = torch.zeros(1, 17, 8)
-    description.grid.bias.copy_(((describe(one, GRID_CELLS) - usual[0]) / usual[1]).flatten())
+    description.grid.bias.copy_(((describe(one, GRID_CELLS)[0] - usual[0]) / usual[1]).flatten())
     patches_only = float(description(told, one, usual))
-    fine = (describe(one, 4 * PATCH_CELLS) - usual[2]) / usual[3]
+    fine = (describe(one, 4 * PATCH_CELLS)[0] - usual[2]) / usual[3]
     assert patches_only == pytest.approx(float(fine.square().mean()), rel=1e-5)
     corner = fine[0, :, :PATCH_CELLS, :PATCH_CELLS].flatten()
     description.patch.bias.copy_(corner)  # right for the first patch alone
