@@ -2,7 +2,7 @@
 
   ours               the recipe
   init, random       the start, untrained; random weights
-  init_100, init_400, init_3200
+  init_400, init_1600
                      starts that learned from phantoms for as many steps, untrained
   pixels, hand_made  no network: the image shrunk to 16 x 16; histograms of oriented gradients, that
                      thumbnail and the colours' histograms
@@ -11,6 +11,8 @@
   long_rounds, short_rounds
                      ours with as many steps, in rounds of 10 times (two rounds at least) and of
                      half as many steps
+  flat_weight_decay, no_local_views, warm_student, no_warmup, large_memory
+                     ours with one value of the recipe changed, see OTHER_VALUES
   without_prototypes, refilled, unweighted, rebuild, random_anchors, without_description,
   description_alone, without_memory, without_start
                      ours with one part taken out or replaced
@@ -42,6 +44,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,7 +96,7 @@ DINO_PROTOTYPES: Final = 512
 
 WITHOUT_NETWORK: Final[Mapping[str, FeatureSource]] = {"pixels": PIXELS, "hand_made": HAND_MADE}
 """Arms that are the same for every seed and need no start."""
-STARTS: Final[Mapping[str, int]] = {"init_100": 100, "init_400": 400, "init_3200": 3200}
+STARTS: Final[Mapping[str, int]] = {"init_400": 400, "init_1600": 1600}
 """Arms whose start learned from phantoms for another number of steps than the recipe's."""
 UNTRAINED: Final = ("init", "random", *STARTS, *WITHOUT_NETWORK)
 ROUND_LENGTHS: Final[Mapping[str, float]] = {"long_rounds": 10, "short_rounds": 0.5}
@@ -103,6 +106,18 @@ FORGETTING: Final = ("anchor", "slow_teacher", "server_momentum", "rehearsal", "
 STUDENT_OR_TEACHER: Final = ("no_memory", "dino", "mae", "fedema")
 """Arms that are measured on whichever does better on val; the others release a teacher."""
 NETWORKS: Final = ("student", "teacher")
+OTHER_VALUES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    "flat_weight_decay": {"optim": {"weight_decay": (0.04, 0.04)}},
+    "no_local_views": {"views": {"local_views": 0}},
+    "warm_student": {"loss": {"student_temperature": 0.2}},
+    "no_warmup": {"optim": {"warmup": 0.0}},
+    "large_memory": {"memory": {"entries_per_modality": 1024}},
+    "without_prototypes": {"federation": {"prototypes_per_modality": 0}},
+    "refilled": {"memory": {"at_round_start": "refilled"}},
+    "rebuild": {"federation": {"teacher": "rebuild"}},
+    "without_description": {"loss": {"description_weight": 0.0}},
+}
+"""What the recipe's value is held against, an arm each."""
 
 ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "ours": ours,
@@ -116,12 +131,9 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "frozen": frozen,
     "long_rounds": ours,
     "short_rounds": ours,
-    "without_prototypes": lambda: with_recipe(federation={"prototypes_per_modality": 0}),
-    "refilled": lambda: with_recipe(memory={"at_round_start": "refilled"}),
+    **{name: partial(with_recipe, **values) for name, values in OTHER_VALUES.items()},
     "unweighted": unweighted,
-    "rebuild": lambda: with_recipe(federation={"teacher": "rebuild"}),
     "random_anchors": random_anchors,
-    "without_description": lambda: with_recipe(loss={"description_weight": 0.0}),
     "description_alone": description_alone,
     "without_memory": lambda: without_memory(described=True),
     "without_start": without_start,

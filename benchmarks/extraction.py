@@ -9,7 +9,7 @@ Three ways over the same random images of 64 px, on the same backbone and batche
 `bare` and `features` take turns, a thousand images each, so that other work on the machine slows
 both alike; processor seconds tell more than the clock where it is busy.
 
-Run: python benchmarks/extraction.py [--model configs/seven_sites.toml] [--images 20000]
+Run: python benchmarks/extraction.py --model MODEL [--images 20000]
      [--threads 1] [--json OUT]
 """
 
@@ -30,7 +30,6 @@ from core.evaluation.models import LoadedModel, features, open_model
 from core.modalities import MEAN_STD, MODALITIES
 from core.shards import Shard, open_shard, write_shard
 
-ROOT = Path(__file__).resolve().parents[1]
 MODALITY, PX, BATCH, TURN = "pathology", 64, 128, 1024
 
 
@@ -90,7 +89,7 @@ def measure(loaded: LoadedModel, count: int, home: Path) -> dict[str, Stopwatch]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT / "configs" / "seven_sites.toml"))
+    parser.add_argument("--model", required=True, help="a run, a model or a recipe")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)

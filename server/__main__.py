@@ -52,8 +52,8 @@ def simulate(
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="Recipe (.toml): its model, views and seed.")],
     out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 56 pictures.")] = 400,
-    phantoms: Annotated[int, typer.Option(min=2, help="Pictures drawn of each modality.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 14 pictures.")] = 1600,
+    phantoms: Annotated[int, typer.Option(min=2, help="Pictures drawn of each modality.")] = 1000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**31 - 1, help="In place of the recipe's.")

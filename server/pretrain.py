@@ -17,7 +17,7 @@ def pretrain_file(
     Args:
         recipe_file: whose model, views and seed count; its `init_file` does not.
         out: an exported model (.safetensors), which `fedmermed-eval` measures too.
-        steps: of 56 pictures.
+        steps: of 14 pictures.
         phantoms: different pictures of each modality.
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         seed: in place of the recipe's.

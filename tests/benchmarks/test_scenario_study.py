@@ -420,8 +420,8 @@ def test_the_values_that_were_chosen_are_bold_among_those_tried(bench):
 
 def test_a_shorter_start_has_its_own_file_and_the_others_share_one(bench, study, study_recipe):
     study.recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 7})
-    assert study.start(3, "ours") == study.start(3, "mae") != study.start(3, "init_100")
-    assert study.start_command(3, "init_100")[3:6] == ["100", "cpu", "3"]
+    assert study.start(3, "ours") == study.start(3, "mae") != study.start(3, "init_400")
+    assert study.start_command(3, "init_400")[3:6] == ["400", "cpu", "3"]
     assert study.start_command(3, "dino")[3:6] == ["7", "cpu", "3"]
 
 
