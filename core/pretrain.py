@@ -35,8 +35,8 @@ class Pretraining:
     """Different pictures of each modality; without it five for eight steps, so that the usual batch
     shows each about three times."""
     batch_size: int = 14
-    """Pictures a step, split evenly over the modalities; each gives two views. On a CPU four times
-    as many cost three times as much and teach no more (benchmarks)."""
+    """Pictures a step, split evenly over the modalities; each gives two views. In the same
+    CPU time many steps of few teach more than few steps of many (benchmarks)."""
     learning_rate: float = 1.5e-3
     """Highest, after a tenth of the steps; then a cosine to 0."""
     area: tuple[float, float] = (0.5, 1.0)
