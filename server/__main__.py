@@ -1,14 +1,11 @@
 """`fedmermed-server`: admit sites, run a federation, release its model, have sites measure it."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 
-from core.address import Address
 from core.console import new_app, run_command_line
 
 # Flower reads these when it is imported: no call home from any of our commands.
@@ -18,9 +15,8 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Below those lines, for that reason.
-from core.errors import UserError
 from server.engines import EngineName
-from server.serve import PartName
+from server.service_commands import admit, check_address, init, provision, run, serve
 
 app = new_app(
     "Coordinate a study: admit sites, simulate a federation, export and evaluate its model."
@@ -196,40 +192,6 @@ def evaluate(
 
 
 @app.command()
-def provision(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The coordinator's directory; private.")
-    ],
-    address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Where sites reach you; the first time."),
-    ] = None,
-    sites: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Sites that take part; only new ones are added.")
-    ] = "",
-    days: Annotated[
-        int, typer.Option(min=1, max=3650, help="Life of a server certificate made now.")
-    ] = 365,
-    renew_server: Annotated[
-        bool, typer.Option("--renew-server", help="New server key and certificate, same CA.")
-    ] = False,
-    rotate: Annotated[
-        str | None, typer.Option(metavar="SITE", help="Give a site a new key.")
-    ] = None,
-    revoke: Annotated[str | None, typer.Option(metavar="SITE", help="Retire a site's key.")] = None,
-) -> None:
-    """Make certificates, and a start-up kit a site; then serve, and admit the sites."""
-    from server.provision import provision as run
-
-    names = [name.strip() for name in sites.split(",") if name.strip()]
-    for line in run(
-        directory, address=address, sites=names, days=days, renew_server=renew_server,
-        rotate=rotate, revoke=revoke,
-    ):  # fmt: skip
-        typer.echo(line)
-
-
-@app.command()
 def quarantine(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     site: Annotated[
@@ -260,114 +222,8 @@ def status(
     show_status(run, Console(), watch=watch, as_json=as_json)
 
 
-@app.command()
-def serve(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What provision made.")],
-    listen: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Public address of the gateway; none: every interface, the port sites were given.",
-        ),
-    ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the SuperLink.")] = 8000,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Where the SuperLink listens. Its control service has no login: the loopback, or "
-            "a network of the coordinator's parts alone."
-        ),
-    ] = "127.0.0.1",
-    part: Annotated[
-        PartName | None, typer.Option(help="Run one part alone, in the foreground.")
-    ] = None,
-    superlink: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Where that part finds the SuperLink."),
-    ] = None,
-    secret: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What the parts 'superlink' and 'apps' share; none: superexec.secret in DIR.",
-        ),
-    ] = None,
-) -> None:
-    """Run the coordinator's service: SuperLink, starter of studies, and the gateway for sites."""
-    from server.serve import open_service, run_part
-    from server.serve import serve as run
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    for address in filter(None, (listen, superlink)):
-        check_address(address)
-    parts = list(PartName) if part is None else [part]
-    service = open_service(
-        directory, parts, listen=listen, host=host, port=port, superlink=superlink, secret=secret
-    )
-    if part is None:
-        run(service)
-    else:
-        run_part(service, part)
-
-
-@app.command()
-def admit(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What serve runs from.")],
-) -> None:
-    """Have the running service admit every provisioned key, and refuse every retired one."""
-    from server.admit import admit as run
-    from server.control import control
-
-    with control(directory) as calls:
-        for line in run(calls, directory):
-            typer.echo(line)
-
-
-@app.command()
-def init(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (.toml).")],
-    run: Annotated[Path, typer.Argument(help="Run directory; made if missing.")],
-) -> None:
-    """Write a study's initial weights, where torch is installed: the service then needs none."""
-    from server.history import read_recipe
-    from server.launch import initialise
-
-    typer.echo(f"{initialise(read_recipe(recipe), run)}")
-
-
-@app.command()
-def run(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What serve runs from.")],
-    recipe: Annotated[Path, typer.Argument(help="Recipe (.toml).")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; none: DIR/runs/<name>.")] = None,
-    sites: Annotated[
-        int, typer.Option(min=0, help="Sites that the first round waits for, beyond the minimum.")
-    ] = 0,
-    stop: Annotated[
-        bool, typer.Option("--stop", help="End the study's run; run again, and it resumes.")
-    ] = False,
-) -> None:
-    """Run a study on the service, or resume it; it goes on when this command is stopped."""
-    from server.launch import run_on_service, stop_on_service
-
-    if stop:
-        stopped = stop_on_service(directory, recipe, out=out)
-        typer.echo("stopped" if stopped else "the study was not running")
-        return
-    try:
-        run_on_service(directory, recipe, out=out, sites=sites)
-    except KeyboardInterrupt:
-        typer.echo("the study goes on; run the same command again to follow it, or add --stop")
-        raise typer.Exit(130) from None
-
-
-def check_address(address: str) -> None:
-    """Hold that an address is host:port."""
-    try:
-        TypeAdapter(Address).validate_python(address)
-    except ValidationError:
-        raise UserError(f"address '{address}' is not HOST:PORT, such as 0.0.0.0:443") from None
+for command in (provision, serve, admit, init, run):
+    app.command()(command)
 
 
 def main() -> None:
