@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scenario_compare import MEAN
-from scenario_tables import Study, figures
+from scenario_tables import Arms, figures
 
 # Okabe and Ito's blue and vermilion, told apart by all common kinds of colour vision.
 SEED, APART, NEAR = "#767676", "#D55E00", "#0072B2"
 ROW_INCHES: Final = 0.34
 
 
-def draw_arms(file: Path, title: str, arms: Study) -> None:
+def draw_arms(file: Path, title: str, arms: Arms) -> None:
     """Draw an SVG, the best arm on top; an interval without 0 is red.
 
     Args:

@@ -29,7 +29,7 @@ TRIED: Final = RESULTS.with_name("competitors.json")
 TABLE: Final = re.compile(r"<!-- table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 Arm = Mapping[str, Any]
 """Seed -> what its job found; "less_ours", "change" -> modality -> difference, low, high, p."""
-Study = Mapping[str, Arm]
+Arms = Mapping[str, Arm]
 """Arm -> its results, of one scenario and length."""
 
 
@@ -50,25 +50,25 @@ def figures(arm: Arm, moment: str, figure: str = "auroc") -> dict[str, list[floa
     return {**found, MEAN: [float(v) for v in np.mean([*found.values()], axis=0)]}
 
 
-def probe(study: Study) -> str:
+def probe(arms: Arms) -> str:
     """AUROC of the probe, and the mean's difference to ours."""
-    return _by_modality(study, "end", "less_ours")
+    return _by_modality(arms, "end", "less_ours")
 
 
-def standard(study: Study) -> str:
+def standard(arms: Arms) -> str:
     """The same of class and mean patch tokens, not mirrored."""
-    return _by_modality(study, "end_standard", "less_ours_standard")
+    return _by_modality(arms, "end_standard", "less_ours_standard")
 
 
-def votes(study: Study) -> str:
+def votes(arms: Arms) -> str:
     """Accuracy of a vote of neighbours."""
-    return _by_modality(study, "end", "", figure="knn_accuracy")
+    return _by_modality(arms, "end", "", figure="knn_accuracy")
 
 
-def means(study: Study) -> str:
+def means(arms: Arms) -> str:
     """Means over the modalities, with the intervals of their difference to ours."""
     rows = []
-    for name, arm in study.items():
+    for name, arm in arms.items():
         cells = []
         for moment, less in (("end", "less_ours"), ("end_standard", "less_ours_standard")):
             cells += [with_spread(figures(arm, moment).get(MEAN, ())), _difference(arm, less)]
@@ -79,30 +79,30 @@ def means(study: Study) -> str:
     return markdown(["arm", "probe", less, "usual probe", less, "vote"], rows)
 
 
-def by_modality(study: Study) -> str:
+def by_modality(arms: Arms) -> str:
     """Each arm less ours in every modality."""
-    names = [m for m in MODALITIES if any(m in a.get("less_ours", ()) for a in study.values())]
+    names = [m for m in MODALITIES if any(m in a.get("less_ours", ()) for a in arms.values())]
     rows = [
         [name, *(_difference(arm, "less_ours", m) for m in names)]
-        for name, arm in study.items()
+        for name, arm in arms.items()
         if "less_ours" in arm
     ]
     return markdown(["less ours [95 %]", *(TITLES[m] for m in names)], rows)
 
 
-def growth(study: Study) -> str:
+def growth(arms: Arms) -> str:
     """How much a start's AUROC grows when it learns from phantoms for twice as many steps."""
     rows = [
         [TITLES.get(name, name), _shown(cells)]
-        for name, cells in study.get("init", {}).get("per_doubling", {}).items()
+        for name, cells in arms.get("init", {}).get("per_doubling", {}).items()
     ]
     return markdown(["", "for twice as many steps on phantoms [95 %]"], rows)
 
 
-def change(study: Study) -> str:
+def change(arms: Arms) -> str:
     """What became of modalities that left or joined at half time, and of the others."""
     rows = []
-    for name, arm in study.items():
+    for name, arm in arms.items():
         half, end = figures(arm, "half"), figures(arm, "end")
         for m, cells in arm.get("change", {}).items():
             if m in TITLES:
@@ -114,10 +114,10 @@ def change(study: Study) -> str:
     return markdown(["arm", "", "half time", "end", "change [95 %]"], rows)
 
 
-def noticed(study: Study) -> str:
+def noticed(arms: Arms) -> str:
     """What the coordinator noticed, summed over seeds."""
     rows = []
-    for name, arm in study.items():
+    for name, arm in arms.items():
         jobs = seeds_of(arm)
         counts = [str(sum(job[key] for job in jobs)) for key in ("outliers", "rejected")]
         held = sorted({site for job in jobs for site in job["held"]})
@@ -126,10 +126,10 @@ def noticed(study: Study) -> str:
     return markdown(["arm", "reports of an odd site", "updates rejected", "held back"], rows)
 
 
-def cpu(study: Study) -> str:
+def cpu(arms: Arms) -> str:
     """CPU seconds: a step of a site, one measurement of all modalities, a job, all jobs."""
     rows = []
-    for name, arm in study.items():
+    for name, arm in arms.items():
         jobs = seeds_of(arm)
         train, measuring = (sum(j[k] for j in jobs) for k in ("cpu_train", "cpu_measure"))
         steps, count = (sum(j[k] for j in jobs) for k in ("site_steps", "measurements"))
@@ -140,10 +140,10 @@ def cpu(study: Study) -> str:
     return markdown(["arm", "jobs", "a step and site", "a measurement", "a job", "all"], rows)
 
 
-def tries(study: Study) -> str:
+def tries(arms: Arms) -> str:
     """Mean AUROC on val of each try, of either network; the chosen one is bold."""
     rows = []
-    for name, arm in study.items():
+    for name, arm in arms.items():
         chosen = {k: v for k, v in arm["chosen"].items() if k != "measured"}
         for row in arm["tries"]:
             best = row["values"] == chosen
@@ -156,21 +156,21 @@ def tries(study: Study) -> str:
     return markdown(["arm", "values", "student", "teacher"], rows)
 
 
-KINDS: Final[Mapping[str, Callable[[Study], str]]] = {
+KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
     "by_modality": by_modality, "growth": growth, "change": change,
     "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 
-def _by_modality(study: Study, moment: str, less: str, figure: str = "auroc") -> str:
-    found = {name: figures(arm, moment, figure) for name, arm in study.items()}
+def _by_modality(arms: Arms, moment: str, less: str, figure: str = "auroc") -> str:
+    found = {name: figures(arm, moment, figure) for name, arm in arms.items()}
     names = [m for m in MODALITIES if any(m in rows for rows in found.values())]
     rows = []
     for name, row in found.items():
         if row:
             cells = [with_spread(row.get(m, ())) for m in names]
-            cells += [with_spread(row[MEAN]), *([_difference(study[name], less)] if less else [])]
+            cells += [with_spread(row[MEAN]), *([_difference(arms[name], less)] if less else [])]
             rows.append([name, *cells])
     heads = ["arm", *(TITLES[m] for m in names), "mean"]
     return markdown(heads + (["less ours [95 %]"] if less else []), rows)
