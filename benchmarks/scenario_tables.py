@@ -28,7 +28,8 @@ RESULTS: Final = Path(__file__).resolve().with_name("scenarios.json")
 TRIED: Final = RESULTS.with_name("competitors.json")
 TABLE: Final = re.compile(r"<!-- table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 Arm = Mapping[str, Any]
-"""Seed -> what its job found; "less_ours", "change" -> modality -> difference, low, high, p."""
+"""Seed -> what its job found; "less_ours", "less_hand_made", "change" -> modality -> difference,
+low, high, p."""
 Arms = Mapping[str, Arm]
 """Arm -> its results, of one scenario and length."""
 
@@ -81,13 +82,12 @@ def means(arms: Arms) -> str:
 
 def by_modality(arms: Arms) -> str:
     """Each arm less ours in every modality."""
-    names = [m for m in MODALITIES if any(m in a.get("less_ours", ()) for a in arms.values())]
-    rows = [
-        [name, *(_difference(arm, "less_ours", m) for m in names)]
-        for name, arm in arms.items()
-        if "less_ours" in arm
-    ]
-    return markdown(["less ours [95 %]", *(TITLES[m] for m in names)], rows)
+    return _differences(arms, "less_ours", "less ours [95 %]")
+
+
+def over_hand_made(arms: Arms) -> str:
+    """Each arm less hand-made features in every modality, and in their mean."""
+    return _differences(arms, "less_hand_made", "less hand-made [95 %]", MEAN)
 
 
 def growth(arms: Arms) -> str:
@@ -158,9 +158,19 @@ def tries(arms: Arms) -> str:
 
 KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
-    "by_modality": by_modality, "growth": growth, "change": change,
-    "noticed": noticed, "cpu": cpu,
+    "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
+    "change": change, "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
+
+
+def _differences(arms: Arms, which: str, head: str, *means: str) -> str:
+    names = [m for m in MODALITIES if any(m in a.get(which, ()) for a in arms.values())]
+    rows = [
+        [name, *(_difference(arm, which, m) for m in (*names, *means))]
+        for name, arm in arms.items()
+        if which in arm
+    ]
+    return markdown([head, *(TITLES[m] for m in names), *means], rows)
 
 
 def _by_modality(arms: Arms, moment: str, less: str, figure: str = "auroc") -> str:

@@ -93,7 +93,7 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
     for (scenario, steps), chosen in groups.items():
         if not by_arm(study, chosen):
             continue
-        arms = dict.fromkeys(["ours", *(job.arm for job in chosen)])
+        arms = dict.fromkeys(["ours", "hand_made", *(job.arm for job in chosen)])
         done = by_arm(study, plan(study, [scenario], [*arms], seeds_of(study), [int(steps)]))
         rows = results.setdefault(scenario, {}).setdefault(steps, {})
         for arm, found in compared(study, scenario, done).items():
@@ -109,15 +109,19 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
 
 
 def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
-    """Arm -> seed -> row; and how it differs from ours, and from itself at half time."""
+    """Arm -> seed -> row; and how it differs from ours, hand-made features, itself at half time."""
     end, usual = (draws(study, done, moment) for moment in ("end", "end_standard"))
     half = draws(study, done, "half") if scenario in CHANGING else {}
     found: dict[str, dict[str, Any]] = {}
     for arm, pairs in done.items():
         found[arm] = {str(job.seed): row(job, result) for job, result in pairs}
-        for key, probe in (("less_ours", end), ("less_ours_standard", usual)):
-            if arm != "ours" and set(probe[arm]) & set(probe.get("ours", ())):
-                found[arm][key] = listed(differences(probe[arm], probe["ours"]))
+        for key, probe, other in (
+            ("less_ours", end, "ours"),
+            ("less_ours_standard", usual, "ours"),
+            ("less_hand_made", end, "hand_made"),
+        ):
+            if arm != other and set(probe[arm]) & set(probe.get(other, ())):
+                found[arm][key] = listed(differences(probe[arm], probe[other]))
         if arm == "init":
             lengths = {**competitors.STARTS, "init": study.phantom_steps("init")}
             points = {n: end[a] for a, n in lengths.items() if len(end.get(a, ())) == len(pairs)}

@@ -213,6 +213,21 @@ def resampled(value, generator, noise):
     return Resampled(value, value + noise + 0.01 * generator.standard_normal(1000), 100.0)
 
 
+def test_each_arm_is_held_against_hand_made_features_in_every_modality(bench, study, hospitals):
+    jobs = bench.scenarios.plan(study, ["extreme"], ["init", "hand_made"], [0], [4])
+    for job in jobs:
+        bench.scenario_run.execute(job, {"us": hospitals["us"]}, study.out)
+    bench.scenarios.report(study, jobs[:1])  # hand-made features need not be named again
+    rows = read_json(study.results)["results"]["extreme"]["4"]
+    init, hand_made = (rows[arm]["0"]["end"]["us"]["auroc"] for arm in ("init", "hand_made"))
+    assert rows["init"]["less_hand_made"]["us"][0] == pytest.approx(init - hand_made)
+    assert "less_hand_made" not in rows["hand_made"]
+    heads, _, *lines = bench.scenario_tables.over_hand_made(rows).splitlines()
+    assert heads == "| less hand-made [95 %] | ultrasound | mean |"
+    assert [line.split()[1] for line in lines] == ["init"]
+    assert lines[0].split()[3] == f"{init - hand_made:+.3f}"
+
+
 def test_differences_are_paired_over_images_and_seeds(bench):
     generator = np.random.default_rng(0)
     ours, arm = {}, {}
