@@ -29,9 +29,14 @@ def read_connection(directory: Path) -> str:
     """Where the SuperLink listens, host:port.
 
     Raises:
-        UserError: this is no coordinator's directory.
+        UserError: this is no coordinator's directory, or no service has run from it yet.
     """
     file = directory / "flower" / "config.toml"
+    if (directory / "ca.crt").exists() and not file.exists():
+        raise UserError(
+            f"no service has run from '{directory}' yet, so nothing says where its SuperLink is; "
+            f"start 'fedmermed-server serve {directory}' and leave it running"
+        )
     try:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
         return str(found["superlink"]["fedmermed"]["address"])

@@ -211,11 +211,13 @@ def test_looking_whether_a_run_is_held_does_not_keep_a_server_app_out(tmp_path, 
 
 def test_the_service_refuses_what_it_cannot_use(tmp_path, study):
     place, *_, recipe = study
+    list(provision(tmp_path / "fresh", address="localhost:9443", sites=["a"]))
     for words, said in (
         (["serve", tmp_path / "nowhere"], "has no ca.crt; run 'fedmermed-server provision' first"),
         (["serve", place, "--listen", "everywhere"], "'everywhere' is not HOST:PORT"),
         (["admit", tmp_path / "nowhere"], "does not tell where the SuperLink is"),
         (["run", tmp_path / "nowhere", recipe], "does not tell where the SuperLink is"),
+        (["admit", tmp_path / "fresh"], "start 'fedmermed-server serve"),
     ):
         result = subprocess.run(server(*words), capture_output=True, text=True)
         assert result.returncode == 2
