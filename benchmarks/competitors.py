@@ -2,7 +2,7 @@
 
   ours               the recipe
   init, random       the start, untrained; random weights
-  init_400, init_1600
+  init_1600, init_25600
                      starts that learned from phantoms for as many steps, untrained
   pixels, hand_made  no network: the image shrunk to 16 x 16; histograms of oriented gradients, that
                      thumbnail and the colours' histograms
@@ -17,6 +17,8 @@
   description_alone, without_memory, without_start
                      ours with one part taken out or replaced
   no_memory          a teacher, cosine between embeddings of two views, KoLeo; nothing else
+  ours_25600, no_memory_25600
+                     these two from the longer start, with the values that they have without
   dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
   fedprox            ours with FedProx' pull to the global weights
 and, in `leaving`, from the round on after a site has left:
@@ -96,9 +98,14 @@ DINO_PROTOTYPES: Final = 512
 
 WITHOUT_NETWORK: Final[Mapping[str, FeatureSource]] = {"pixels": PIXELS, "hand_made": HAND_MADE}
 """Arms that are the same for every seed and need no start."""
-STARTS: Final[Mapping[str, int]] = {"init_400": 400, "init_1600": 1600}
+STARTS: Final[Mapping[str, int]] = {
+    "init_1600": 1600, "init_25600": 25600, "ours_25600": 25600, "no_memory_25600": 25600,
+}  # fmt: skip
 """Arms whose start learned from phantoms for another number of steps than the recipe's."""
-UNTRAINED: Final = ("init", "random", *STARTS, *WITHOUT_NETWORK)
+STARTS_ALONE: Final = tuple(name for name in STARTS if name.startswith("init_"))
+UNTRAINED: Final = ("init", "random", *STARTS_ALONE, *WITHOUT_NETWORK)
+TUNED_AS: Final[Mapping[str, str]] = {"no_memory_25600": "no_memory"}
+"""Arms that take another's values: a search of their own would cost a longer start."""
 ROUND_LENGTHS: Final[Mapping[str, float]] = {"long_rounds": 10, "short_rounds": 0.5}
 """Factors on the recipe's local steps."""
 FORGETTING: Final = ("anchor", "slow_teacher", "server_momentum", "rehearsal", "decay")
@@ -122,7 +129,7 @@ OTHER_VALUES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
 ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "ours": ours,
     "init": ours,
-    **dict.fromkeys(STARTS, ours),
+    **dict.fromkeys((*STARTS_ALONE, "ours_25600"), ours),
     "random": without_start,
     "pixels": without_network,
     "hand_made": without_network,
@@ -137,7 +144,10 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "description_alone": description_alone,
     "without_memory": lambda: without_memory(described=True),
     "without_start": without_start,
-    "no_memory": lambda rate, koleo: without_memory(described=False, rate=rate, koleo=koleo),
+    **dict.fromkeys(
+        ("no_memory", "no_memory_25600"),
+        lambda rate, koleo: without_memory(described=False, rate=rate, koleo=koleo),
+    ),
     "dino": lambda rate, temperature: arm_of(
         dino(prototypes=DINO_PROTOTYPES, temperature=temperature), rate=rate
     ),
@@ -174,6 +184,7 @@ def tries(name: str) -> list[Values]:
 
 def chosen_values(name: str, recipe_sha256: str, file: Path) -> tuple[Values, bool]:
     """An arm's values, and whether they need no tuning or had it with this recipe."""
+    name = TUNED_AS.get(name, name)
     if name not in GRIDS:
         return {}, True
     if file.exists():

@@ -49,17 +49,17 @@ def differences(arm: Draws, other: Draws) -> dict[str, Comparison]:
     return {name: compare(a[name], b[name]) for name in a if name in b}
 
 
-def per_doubling(points: Mapping[int, Draws]) -> dict[str, Comparison]:
-    """Modality, and MEAN -> how much the AUROC grows when a length doubles: a fitted line's slope.
+def per_doubling(points: Mapping[float, Draws]) -> dict[str, Comparison]:
+    """Modality, and MEAN -> how much the AUROC grows with twice as much: a fitted line's slope.
 
     Args:
-        points: length, two at least -> draws; seeds that not all have are left out.
+        points: an amount, two at least -> draws; seeds that not all have are left out.
     """
-    lengths = sorted(points)
-    seeds = sorted(set.intersection(*(set(points[length]) for length in lengths)))
-    x = np.log2(lengths) - np.log2(lengths).mean()
+    amounts = sorted(points)
+    seeds = sorted(set.intersection(*(set(points[amount]) for amount in amounts)))
+    x = np.log2(amounts) - np.log2(amounts).mean()
     lever = x / (x @ x)  # least squares
-    rows = [over_seeds(points[length], seeds) for length in lengths]
+    rows = [over_seeds(points[amount], seeds) for amount in amounts]
     found = {}
     for name in rows[0]:
         parts = [row[name] for row in rows]

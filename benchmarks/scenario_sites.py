@@ -21,8 +21,12 @@ Indices = NDArray[np.int64]
 
 SCENARIOS: Final = (
     *("extreme", "skewed_0.5", "skewed_0.1", "sizes", "leaving", "joining", "participation"),
-    *("broken", "misnamed"),
+    *("broken", "misnamed", "quarter", "sixteenth", "three"),
 )
+SHARES: Final[Mapping[str, float]] = {"quarter": 1 / 4, "sixteenth": 1 / 16}
+"""Of its patients that each site keeps."""
+THREE: Final = ("cxr", "us", "oct")
+"""The modalities of `three`: those on which more than noise is left to learn."""
 LEAVING: Final = ("us", "dermatology")
 """A grey and a coloured modality, whose only sites leave at half time."""
 JOINING: Final = ("dermatology",)
@@ -76,6 +80,10 @@ def build(name: str, hospitals: Mapping[str, Sequence[Shard]], seed: int, rounds
         sites = _sizes(whole, seed)
     elif name in ("broken", "misnamed"):
         sites = _damaged(whole, seed, name)
+    elif name in SHARES:
+        sites = _share(whole, SHARES[name], seed)
+    elif name == "three":
+        sites = {modality: whole[modality] for modality in THREE if modality in whole}
     elif name in ("leaving", "joining"):
         changing = tuple(m for m in (LEAVING if name == "leaving" else JOINING) if m in whole)
     names = sorted(sites)
@@ -173,6 +181,17 @@ def _sizes(whole: Sites, seed: int) -> Sites:
             )
             sites["big"].append(cut(shard, big, shard.name))
             sites.setdefault(modality, []).append(cut(shard, small, shard.name))
+    return sites
+
+
+def _share(whole: Sites, share: float, seed: int) -> Sites:
+    """A part of each site's patients; a smaller part is within a larger one."""
+    sites: Sites = {}
+    for modality, shards in whole.items():
+        for shard in shards:
+            generator = numpy_generator(seed, "share", shard.name)
+            kept, _ = split_patients(shard, lambda label: np.array([share, 1 - share]), generator)
+            sites.setdefault(modality, []).append(cut(shard, kept, shard.name))
     return sites
 
 

@@ -28,7 +28,7 @@ RESULTS: Final = Path(__file__).resolve().with_name("scenarios.json")
 TRIED: Final = RESULTS.with_name("competitors.json")
 TABLE: Final = re.compile(r"<!-- table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 Arm = Mapping[str, Any]
-"""Seed -> what its job found; "less_ours", "less_hand_made", "change" -> modality -> difference,
+"""Seed -> what its job found; "less_ours", "per_doubling" and the like -> modality -> difference,
 low, high, p."""
 Arms = Mapping[str, Arm]
 """Arm -> its results, of one scenario and length."""
@@ -90,13 +90,19 @@ def over_hand_made(arms: Arms) -> str:
     return _differences(arms, "less_hand_made", "less hand-made [95 %]", MEAN)
 
 
+def over_extreme(arms: Arms) -> str:
+    """Each arm less itself where every modality is at one site, with all its images."""
+    return _differences(arms, "less_extreme", "less `extreme` [95 %]", MEAN)
+
+
 def growth(arms: Arms) -> str:
     """How much a start's AUROC grows when it learns from phantoms for twice as many steps."""
-    rows = [
-        [TITLES.get(name, name), _shown(cells)]
-        for name, cells in arms.get("init", {}).get("per_doubling", {}).items()
-    ]
-    return markdown(["", "for twice as many steps on phantoms [95 %]"], rows)
+    return _differences(arms, "per_doubling", "for twice as many steps [95 %]", MEAN)
+
+
+def data_growth(arms: Arms) -> str:
+    """How much an arm's AUROC grows when each site has twice as many patients."""
+    return _differences(arms, "per_data_doubling", "for twice as many patients [95 %]", MEAN)
 
 
 def change(arms: Arms) -> str:
@@ -159,7 +165,8 @@ def tries(arms: Arms) -> str:
 KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
     "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
-    "change": change, "noticed": noticed, "cpu": cpu,
+    "data_growth": data_growth, "over_extreme": over_extreme, "change": change,
+    "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 

@@ -11,6 +11,9 @@ is measured; colour fundus on its single source):
   participation  the sites of skewed_0.5, of which 30 % answer a round
   broken         half of dermatology is at one more site, whose images are black or noise
   misnamed       half of dermatology is at one more site, which calls it chest X-rays
+  quarter, sixteenth
+                 as extreme, with so many of each site's patients
+  three          as extreme, without all sites but those of chest X-ray, ultrasound and OCT
 Arms are in competitors.py; those against forgetting run in `leaving` alone. Within a scenario all
 arms see as many views (`local`: each site in every round).
 
@@ -33,7 +36,7 @@ import torch
 from scenario_compare import MEAN, Draws, differences, per_doubling
 from scenario_jobs import Job, Study, draws_of, make_job, results_of, run_jobs
 from scenario_plot import draw_arms
-from scenario_sites import JOINING, LEAVING, SCENARIOS
+from scenario_sites import JOINING, LEAVING, SCENARIOS, SHARES
 from scenario_tables import KINDS
 
 from core.checkpoint import read_json, write_json
@@ -97,7 +100,7 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
         done = by_arm(study, plan(study, [scenario], [*arms], seeds_of(study), [int(steps)]))
         rows = results.setdefault(scenario, {}).setdefault(steps, {})
         for arm, found in compared(study, scenario, done).items():
-            rows[arm] = rows.get(arm, {}) | found
+            rows[arm] = rows.get(arm, {}) | found | across(study, scenario, arm, int(steps))
         shown = {arm: rows[arm] for arm in competitors.ARMS if arm in done}
         print(f"\n### {scenario}, {steps} steps a site")
         for kind, table in KINDS.items():
@@ -123,7 +126,7 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
             if arm != other and set(probe[arm]) & set(probe.get(other, ())):
                 found[arm][key] = listed(differences(probe[arm], probe[other]))
         if arm == "init":
-            lengths = {**competitors.STARTS, "init": study.phantom_steps("init")}
+            lengths = {a: study.phantom_steps(a) for a in ("init", *competitors.STARTS_ALONE)}
             points = {n: end[a] for a, n in lengths.items() if len(end.get(a, ())) == len(pairs)}
             if len(points) > 1:
                 found[arm]["per_doubling"] = listed(per_doubling(points))
@@ -131,6 +134,20 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
             changes = listed(differences(end[arm], half[arm]))
             found[arm]["change"] = {name: changes[name] for name in (*CHANGING[scenario], MEAN)}
     return found
+
+
+def across(study: Study, scenario: str, arm: str, steps: int) -> dict[str, Any]:
+    """How an arm differs from itself in `extreme`; there, how it grows with the sites' data."""
+    names = ["extreme", *SHARES] if scenario == "extreme" else ["extreme", scenario]
+    done = {n: by_arm(study, plan(study, [n], [arm], seeds_of(study), [steps])) for n in names}
+    whole, *others = (draws(study, done[name], "end").get(arm, {}) for name in names)
+    if scenario != "extreme":
+        shared = set(whole) & set(others[0])
+        return {"less_extreme": listed(differences(others[0], whole))} if shared else {}
+    points = {share: d for share, d in zip(SHARES.values(), others, strict=True) if d}
+    if not points or any(set(d) != set(whole) for d in points.values()):
+        return {}
+    return {"per_data_doubling": listed(per_doubling({1.0: whole, **points}))}
 
 
 def listed(found: Mapping[str, Comparison]) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from core.checkpoint import write_json
 from core.errors import UserError
 from core.site_data import SiteData
 from core.wire import Prototypes, SiteUpdate
@@ -70,7 +71,7 @@ def test_the_loss_of_a_competitor_falls_in_a_few_steps_and_its_gradient_is_finit
 def test_every_arm_federates_two_rounds_with_finite_weights(bench, study_recipe, hospitals):
     recipe = bench.federation_loop.changed(study_recipe, federation={"local_steps": 1})
     elsewhere = {"init", "local", "pooled", "rehearsal", *bench.competitors.WITHOUT_NETWORK}
-    elsewhere |= set(bench.competitors.ROUND_LENGTHS)
+    elsewhere |= {*bench.competitors.ROUND_LENGTHS, *bench.competitors.STARTS}
     for name in set(bench.competitors.ARMS) - elsewhere:
         values, _ = bench.competitors.chosen_values(
             name, "no such recipe", bench.competitors.CHOSEN
@@ -334,6 +335,10 @@ def test_tuned_values_count_for_their_recipe_alone(bench, tmp_path):
     usual = bench.competitors.tries("dino")[0]
     assert bench.competitors.chosen_values("dino", "two", file) == (usual, False)
     assert bench.competitors.make_arm("dino", chosen).measured == "student"
+    chosen = {"rate": 0.333, "koleo": 0.1, "measured": "student"}
+    write_json(file, {"recipe_sha256": "one", "chosen": {"no_memory": chosen}})
+    found = bench.competitors.chosen_values("no_memory_25600", "one", file)
+    assert found == (chosen, True)  # another start, the same values
 
 
 def test_the_best_try_is_that_of_the_network_with_the_highest_auroc(bench):

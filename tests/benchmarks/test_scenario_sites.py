@@ -71,6 +71,22 @@ def test_the_big_site_has_four_fifths_of_every_modality(bench, hospitals):
         assert training_images(sites[modality])[modality] == pytest.approx(0.2 * total, abs=6)
 
 
+def test_a_share_keeps_whole_patients_and_a_smaller_one_is_within_it(bench, hospitals):
+    parts = [bench.scenario_sites.build(n, hospitals, 0, 2).sites for n in ("quarter", "sixteenth")]
+    for modality, (shard,) in hospitals.items():
+        quarter, sixteenth = (sites[modality][0] for sites in parts)
+        total = (shard.split == "train").sum()
+        assert len(quarter.images) == pytest.approx(total / 4, abs=4)
+        assert len(sixteenth.images) == pytest.approx(total / 16, abs=4)
+        patients = [set(part.patient.tolist()) for part in (sixteenth, quarter)]
+        assert patients[0] < patients[1]
+        assert all((shard.patient == p).sum() == (quarter.patient == p).sum() for p in patients[1])
+
+
+def test_three_modalities_alone_have_sites(bench, hospitals):
+    assert set(bench.scenario_sites.build("three", hospitals, 0, 2).sites) == {"cxr", "us"}
+
+
 def test_only_sites_of_a_modality_leave_after_half_time_and_join_then(bench, hospitals):
     leaving = bench.scenario_sites.build("leaving", hospitals, 0, 10)
     assert leaving.changing == ("us", "dermatology")

@@ -285,6 +285,26 @@ def test_growth_is_the_slope_over_doublings_and_knows_no_growth_from_little(benc
     assert found.low < 0 < found.high
 
 
+def test_an_arm_is_held_against_itself_with_all_data_and_sites(bench, study, hospitals):
+    for scenario in ("extreme", "quarter", "sixteenth", "three"):
+        for job in bench.scenarios.plan(study, [scenario], ["ours"], [0], [4]):
+            bench.scenario_run.execute(job, hospitals, study.out)
+            bench.scenarios.report(study, [job])
+    bench.scenarios.report(study, bench.scenarios.plan(study, ["extreme"], ["ours"], [0], [4]))
+    rows = {name: row["4"] for name, row in read_json(study.results)["results"].items()}
+    values = {name: row["ours"]["0"]["end"]["us"]["auroc"] for name, row in rows.items()}
+    assert "dermatology" in rows["three"]["ours"]["0"]["end"]  # though nobody trained on it
+    for name in ("quarter", "three"):
+        difference = values[name] - values["extreme"]
+        assert rows[name]["ours"]["less_extreme"]["us"][0] == pytest.approx(difference)
+        table = bench.scenario_tables.over_extreme(rows[name])
+        assert table.splitlines()[2].startswith("| ours |")
+    slope = np.polyfit([0, -2, -4], [values[n] for n in ("extreme", "quarter", "sixteenth")], 1)[0]
+    assert rows["extreme"]["ours"]["per_data_doubling"]["us"][0] == pytest.approx(slope, abs=1e-9)
+    table = bench.scenario_tables.data_growth(rows["extreme"])
+    assert f"{slope:+.3f}" in table.splitlines()[2]
+
+
 def test_draws_come_back_from_the_disk_as_they_were(bench, study):
     (job,) = bench.scenarios.plan(study, ["extreme"], ["ours"], [0], [4])
     draws = np.linspace(0, 1, 1000, dtype=np.float32)
@@ -435,8 +455,10 @@ def test_the_values_that_were_chosen_are_bold_among_those_tried(bench):
 
 def test_a_shorter_start_has_its_own_file_and_the_others_share_one(bench, study, study_recipe):
     study.recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 7})
-    assert study.start(3, "ours") == study.start(3, "mae") != study.start(3, "init_400")
-    assert study.start_command(3, "init_400")[3:6] == ["400", "cpu", "3"]
+    assert study.start(3, "ours") == study.start(3, "mae") != study.start(3, "init_1600")
+    assert study.start(3, "ours_25600") == study.start(3, "no_memory_25600")
+    assert study.start_command(3, "init_1600")[3:6] == ["1600", "cpu", "3"]
+    assert study.start_command(3, "ours_25600")[3:6] == ["25600", "cpu", "3"]
     assert study.start_command(3, "dino")[3:6] == ["7", "cpu", "3"]
 
 
