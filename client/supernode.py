@@ -1,11 +1,13 @@
 """The part of a site that speaks to the coordinator: Flower's SuperNode, which looks more often.
 
 Flower's own looks for a message every 3 s and for a reply every half second, however near it is,
-and waits a second for the rest of a message of which it has seen the beginning.
+and waits a second for the rest of a message of which it has seen the beginning. After an answer of
+500 it signs off and stays, deaf, for ever; this ends, and is started again.
 
     python -P -m client.supernode <arguments of flower-supernode>
 """
 
+import os
 import sys
 from functools import partial
 from types import ModuleType
@@ -25,6 +27,9 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     flower_supernode()
+    # It returns when it has given up, and its threads would keep the process alive.
+    print("the connection to the coordinator has ended by the error above", flush=True)
+    os._exit(1)
 
 
 def look_sooner(module: ModuleType) -> None:
