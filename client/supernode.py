@@ -2,15 +2,17 @@
 
 Flower's own looks for a message every 3 s and for a reply every half second, however near it is,
 and waits a second for the rest of a message of which it has seen the beginning. After an answer of
-500 it signs off and stays, deaf, for ever; this ends, and is started again.
+500 it stays, deaf or without a heartbeat, for ever; this ends, and is started again.
 
     python -P -m client.supernode <arguments of flower-supernode>
 """
 
 import os
 import sys
+import threading
 from functools import partial
 from types import ModuleType
+from typing import NoReturn
 
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.cli.flower_supernode import flower_supernode
@@ -26,8 +28,24 @@ def main() -> None:
         look_sooner(flower)
     except UserError as error:
         sys.exit(f"error: {error}")
+    end_with_any_thread()
     flower_supernode()
-    # It returns when it has given up, and its threads would keep the process alive.
+    _end()  # it returns when it has given up
+
+
+def end_with_any_thread() -> None:
+    """End this process where one of its threads fails, as that of the heartbeat may."""
+
+    def end(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_type is not SystemExit:
+            threading.__excepthook__(failure)
+            _end()
+
+    threading.excepthook = end
+
+
+def _end() -> NoReturn:
+    """At once: other threads would keep the process alive."""
     print("the connection to the coordinator has ended by the error above", flush=True)
     os._exit(1)
 

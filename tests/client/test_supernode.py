@@ -83,3 +83,22 @@ def test_it_takes_the_arguments_of_flowers_own(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--auth-supernode-private-key" in done.stdout
+
+
+def test_a_heartbeat_that_fails_for_good_ends_the_process():
+    program = """
+import time
+from client.supernode import end_with_any_thread
+from flwr.supercore.heartbeat import HeartbeatSender
+
+def beat():
+    raise RuntimeError("500")
+
+end_with_any_thread()
+HeartbeatSender(beat).start()
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "RuntimeError: 500" in done.stderr
+    assert done.stdout == "the connection to the coordinator has ended by the error above\n"
