@@ -26,7 +26,7 @@ SCENARIOS: Final = (
 SHARES: Final[Mapping[str, float]] = {"quarter": 1 / 4, "sixteenth": 1 / 16}
 """Of its patients that each site keeps."""
 THREE: Final = ("cxr", "us", "oct")
-"""The modalities of `three`: those on which more than noise is left to learn."""
+"""The modalities of `three`: those with the fewest images."""
 LEAVING: Final = ("us", "dermatology")
 """A grey and a coloured modality, whose only sites leave at half time."""
 JOINING: Final = ("dermatology",)

@@ -46,7 +46,7 @@ def end_with_any_thread() -> None:
 
 def _end() -> NoReturn:
     """At once: other threads would keep the process alive."""
-    print("the connection to the coordinator has ended by the error above", flush=True)
+    print("the SuperNode ends with the error above", flush=True)
     os._exit(1)
 
 

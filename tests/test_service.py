@@ -93,16 +93,6 @@ def done(words):
     return result.stdout
 
 
-def find(parent, word):
-    """The process below `parent` whose command line holds a word."""
-    for pid in _descendants({parent.pid}):
-        with suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if word.encode() in words and b"-IS" not in words:
-                return pid
-    return None
-
-
 def listening(port):
     """Local addresses at which a TCP port listens, in /proc's hexadecimal."""
     found = []

@@ -101,4 +101,4 @@ time.sleep(60)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert "RuntimeError: 500" in done.stderr
-    assert done.stdout == "the connection to the coordinator has ended by the error above\n"
+    assert done.stdout == "the SuperNode ends with the error above\n"
