@@ -4,6 +4,8 @@
   init, random       the start, untrained; random weights
   init_1600, init_25600
                      starts that learned from phantoms for as many steps, untrained
+  init_narrow, init_wide
+                     init_1600 with blocks half and twice as wide
   pixels, hand_made  no network: the image shrunk to 16 x 16; histograms of oriented gradients, that
                      thumbnail and the colours' histograms
   local, pooled      each site alone; all images on one machine, as many views a step
@@ -100,9 +102,14 @@ WITHOUT_NETWORK: Final[Mapping[str, FeatureSource]] = {"pixels": PIXELS, "hand_m
 """Arms that are the same for every seed and need no start."""
 STARTS: Final[Mapping[str, int]] = {
     "init_1600": 1600, "init_25600": 25600, "ours_25600": 25600, "no_memory_25600": 25600,
+    "init_narrow": 1600, "init_wide": 1600,
 }  # fmt: skip
 """Arms whose start learned from phantoms for another number of steps than the recipe's."""
+WIDTHS: Final[Mapping[str, float]] = {"init_narrow": 0.5, "init_1600": 1, "init_wide": 2}
+"""Factors on the width of the blocks and the number of their heads, of starts that are compared."""
 STARTS_ALONE: Final = tuple(name for name in STARTS if name.startswith("init_"))
+LENGTHS: Final = ("init", *(name for name in STARTS_ALONE if WIDTHS.get(name, 1) == 1))
+"""Starts that differ in their steps alone."""
 UNTRAINED: Final = ("init", "random", *STARTS_ALONE, *WITHOUT_NETWORK)
 TUNED_AS: Final[Mapping[str, str]] = {"no_memory_25600": "no_memory"}
 """Arms that take another's values: a search of their own would cost a longer start."""

@@ -49,9 +49,19 @@ class Study:
         """How long the start of an arm learned from phantoms."""
         return competitors.STARTS.get(arm, self.recipe.model.phantom_steps)
 
+    def options(self, arm: str) -> dict[str, Any]:
+        """Of an arm's backbone."""
+        options, factor = dict(self.recipe.model.options), competitors.WIDTHS.get(arm, 1)
+        if factor != 1:
+            for key in ("embed_dim", "num_heads"):
+                options[key] = round(factor * options[key])
+        return options
+
     def start_file(self, seed: int, arm: str = "ours") -> Path:
         """Where the weights that a seed's phantoms give lie."""
         longer = f"{self.phantom_steps(arm)}-" if arm in competitors.STARTS else ""
+        if competitors.WIDTHS.get(arm, 1) != 1:
+            longer += f"{self.options(arm)['embed_dim']}wide-"
         return self.out / "start" / f"{longer}{seed}.safetensors"
 
     def start(self, seed: int, arm: str) -> str:
@@ -63,7 +73,8 @@ class Study:
     def start_command(self, seed: int, arm: str) -> list[str]:
         """Makes it."""
         words = [str(self.recipe_file), str(self.phantom_steps(arm)), self.device, str(seed)]
-        return [sys.executable, str(START), *words, str(self.start_file(seed, arm))]
+        words += [json.dumps(self.options(arm)), str(self.start_file(seed, arm))]
+        return [sys.executable, str(START), *words]
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,11 @@ def make_job(
         rounds, local_steps = split_steps(rounds * local_steps, wanted)
     recipe = changed(
         study.recipe.model_copy(update={"seed": seed}),
-        model={"phantom_steps": 0, "init_file": study.start(seed, arm)},
+        model={
+            "phantom_steps": 0,
+            "init_file": study.start(seed, arm),
+            "options": study.options(arm),
+        },
         federation={"rounds": rounds, "local_steps": local_steps, "min_sites": 1},
         evaluation={"every_rounds": 0},
     )

@@ -15,6 +15,7 @@ from scenario_jobs import Job
 from scenario_measure import Measured, mean_of, measure, of_network
 from scenario_sites import Scenario, Sites, build
 
+from core.backbone import BACKBONE
 from core.checkpoint import read_json, save_arrays, write_json
 from core.config import Recipe, recipe_from_json
 from core.evaluate import Task, labelled_tasks
@@ -164,6 +165,11 @@ def _held(sites: Sites) -> list[str]:
     return [name for shards in sites.values() for shard in shards for name in shard.classes]
 
 
+def weights_of(state: GlobalState) -> int:
+    """Of the backbone that is measured."""
+    return sum(a.size for name, a in state.teacher.items() if name.startswith(BACKBONE))
+
+
 def _write(job: Job, out: Path, meter: Meter, federations: Sequence[Federation]) -> None:
     lines = [line for federation in federations for line in federation.lines]
     outcomes = [outcome for line in lines for outcome in line["sites"].values()]
@@ -177,6 +183,7 @@ def _write(job: Job, out: Path, meter: Meter, federations: Sequence[Federation])
         "outliers": [o["words"] for line in lines for o in line["outliers"]],
         "rejected": [o["reason"] for o in outcomes if o["outcome"] == "rejected"],
         "held": sorted({site for line in lines for site in line["held"]}),
+        "weights": weights_of(federations[0].state),
     }
     arrays = {}
     for moment, parts in meter.found.items():

@@ -1,9 +1,11 @@
 """Makes the weights before round 1 of a seed, once for all its jobs, as the product itself would.
 
-python benchmarks/scenario_start.py RECIPE.toml STEPS DEVICE SEED FILE.safetensors
-A study of the same recipe, phantom steps and seed has the same file: RUN/round-0000.safetensors.
+python benchmarks/scenario_start.py RECIPE.toml STEPS DEVICE SEED OPTIONS FILE.safetensors
+OPTIONS are the backbone's, in JSON. A study of the same recipe with these, phantom steps and seed
+has the same file: RUN/round-0000.safetensors.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from core.initial import initial_state
 
 
 def main() -> None:
-    recipe_file, steps, device, seed, out = sys.argv[1:]
+    recipe_file, steps, device, seed, options, out = sys.argv[1:]
     recipe = load_recipe(Path(recipe_file)).model_copy(update={"seed": int(seed)})
-    recipe = changed(recipe, model={"phantom_steps": int(steps)})
+    recipe = changed(recipe, model={"phantom_steps": int(steps), "options": json.loads(options)})
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_arrays(Path(out), initial_state(recipe, device=device).to_arrays())
 

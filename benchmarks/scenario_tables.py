@@ -100,6 +100,11 @@ def growth(arms: Arms) -> str:
     return _differences(arms, "per_doubling", "for twice as many steps [95 %]", MEAN)
 
 
+def width_growth(arms: Arms) -> str:
+    """How much a start's AUROC grows when its network has twice as many weights."""
+    return _differences(arms, "per_weights_doubling", "for twice as many weights [95 %]", MEAN)
+
+
 def data_growth(arms: Arms) -> str:
     """How much an arm's AUROC grows when each site has twice as many patients."""
     return _differences(arms, "per_data_doubling", "for twice as many patients [95 %]", MEAN)
@@ -165,8 +170,8 @@ def tries(arms: Arms) -> str:
 KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
     "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
-    "data_growth": data_growth, "over_extreme": over_extreme, "change": change,
-    "noticed": noticed, "cpu": cpu,
+    "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
+    "change": change, "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 

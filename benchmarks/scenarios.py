@@ -115,6 +115,7 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
     """Arm -> seed -> row; and how it differs from ours, hand-made features, itself at half time."""
     end, usual = (draws(study, done, moment) for moment in ("end", "end_standard"))
     half = draws(study, done, "half") if scenario in CHANGING else {}
+    weights = {a: done[a][0][1]["weights"] for a in competitors.WIDTHS if a in done}
     found: dict[str, dict[str, Any]] = {}
     for arm, pairs in done.items():
         found[arm] = {str(job.seed): row(job, result) for job, result in pairs}
@@ -125,11 +126,13 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
         ):
             if arm != other and set(probe[arm]) & set(probe.get(other, ())):
                 found[arm][key] = listed(differences(probe[arm], probe[other]))
-        if arm == "init":
-            lengths = {a: study.phantom_steps(a) for a in ("init", *competitors.STARTS_ALONE)}
-            points = {n: end[a] for a, n in lengths.items() if len(end.get(a, ())) == len(pairs)}
-            if len(points) > 1:
-                found[arm]["per_doubling"] = listed(per_doubling(points))
+        for key, first, amounts in (
+            ("per_doubling", "init", {a: study.phantom_steps(a) for a in competitors.LENGTHS}),
+            ("per_weights_doubling", "init_1600", weights),
+        ):
+            points = {n: end[a] for a, n in amounts.items() if len(end.get(a, ())) == len(pairs)}
+            if arm == first and len(points) > 1:
+                found[arm][key] = listed(per_doubling(points))
         if arm in half:
             changes = listed(differences(end[arm], half[arm]))
             found[arm]["change"] = {name: changes[name] for name in (*CHANGING[scenario], MEAN)}
@@ -159,7 +162,7 @@ def row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a job."""
     kept = (
         *("half", "end", "half_standard", "end_standard"),
-        *("cpu_train", "cpu_measure", "measurements", "site_steps", "held"),
+        *("cpu_train", "cpu_measure", "measurements", "site_steps", "held", "weights"),
     )
     counts = {key: len(result[key]) for key in ("outliers", "rejected")}
     return {key: result[key] for key in kept} | counts | {"values": job.values, "tuned": job.tuned}

@@ -300,9 +300,10 @@ def test_an_arm_is_held_against_itself_with_all_data_and_sites(bench, study, hos
         table = bench.scenario_tables.over_extreme(rows[name])
         assert table.splitlines()[2].startswith("| ours |")
     slope = np.polyfit([0, -2, -4], [values[n] for n in ("extreme", "quarter", "sixteenth")], 1)[0]
-    assert rows["extreme"]["ours"]["per_data_doubling"]["us"][0] == pytest.approx(slope, abs=1e-9)
+    found = rows["extreme"]["ours"]["per_data_doubling"]["us"][0]
+    assert found == pytest.approx(slope, abs=1e-9)  # nothing, of either sign, on some processors
     table = bench.scenario_tables.data_growth(rows["extreme"])
-    assert f"{slope:+.3f}" in table.splitlines()[2]
+    assert f"{found:+.3f}" in table.splitlines()[2]
 
 
 def test_draws_come_back_from_the_disk_as_they_were(bench, study):
@@ -460,6 +461,38 @@ def test_a_shorter_start_has_its_own_file_and_the_others_share_one(bench, study,
     assert study.start_command(3, "init_1600")[3:6] == ["1600", "cpu", "3"]
     assert study.start_command(3, "ours_25600")[3:6] == ["25600", "cpu", "3"]
     assert study.start_command(3, "dino")[3:6] == ["7", "cpu", "3"]
+
+
+def test_a_start_of_another_width_is_made_and_measured_as_such(
+    bench, study, study_recipe, monkeypatch, load_benchmark, hospitals
+):
+    small = functools.partial(Pretraining, phantoms=16, batch_size=14)
+    monkeypatch.setattr("core.pretrain.Pretraining", small)
+    monkeypatch.setitem(bench.competitors.STARTS, "init_wide", 1)
+    monkeypatch.setitem(bench.competitors.STARTS, "init_1600", 1)
+    file = study.out / "widths.toml"
+    file.write_text(
+        bench.real_images.toml_text(study_recipe.model_dump(mode="json", exclude_none=True))
+    )
+    monkeypatch.setattr(bench.real_images, "RECIPE", file)
+    begun = bench.scenario_jobs.Study(study.data, study.out)
+    main = load_benchmark("scenario_start").main
+    jobs = bench.scenarios.plan(begun, ["extreme"], ["init_1600", "init_wide"], [0], [4])
+    for job in jobs:
+        monkeypatch.setattr("sys.argv", ["", *begun.start_command(0, job.arm)[2:]])
+        main()
+        bench.scenario_run.execute(job, {"us": hospitals["us"]}, study.out)
+    bench.scenarios.report(begun, jobs)
+    rows = read_json(begun.results)["results"]["extreme"]["4"]
+    narrow, wide = (rows[job.arm]["0"] for job in jobs)
+    assert 3 < wide["weights"] / narrow["weights"] < 4  # the patches' projection grows less
+    doublings = np.log2(wide["weights"] / narrow["weights"])
+    growth = (wide["end"]["us"]["auroc"] - narrow["end"]["us"]["auroc"]) / doublings
+    found = rows["init_1600"]["per_weights_doubling"]["us"][0]
+    assert found == pytest.approx(growth, abs=1e-9)
+    table = bench.scenario_tables.width_growth(rows)
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["init_1600"]
+    assert f"{found:+.3f}" in table
 
 
 def test_another_recipe_or_device_leaves_our_results_alone(bench, study, tmp_path):
