@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core.config import recipe_from_json
+from core.config import load_recipe, recipe_from_json
 from core.phantoms import make_phantoms
+from core.shards import write_shard
 
 IN_ORDER = (
     *("federation_loop", "our_arms", "competitor_step", "competitor_dino", "competitor_mae"),
@@ -54,3 +55,19 @@ def hospitals():
         modality: [make_phantoms(modality, patients=72, images_per_patient=2, px=32, seed=1)]
         for modality in ("cxr", "us", "dermatology")
     }
+
+
+@pytest.fixture
+def study(bench, study_recipe, hospitals, tmp_path, monkeypatch):
+    """A study of phantoms whose start is random, without a process a job."""
+    for modality, shards in hospitals.items():
+        for shard in shards:
+            write_shard(tmp_path / "data" / modality / shard.name, shard)
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(
+        bench.real_images.toml_text(study_recipe.model_dump(mode="json", exclude_none=True))
+    )
+    assert load_recipe(recipe_file) == study_recipe
+    monkeypatch.setattr(bench.real_images, "RECIPE", recipe_file)
+    monkeypatch.setattr(bench.scenario_tables, "RESULTS", tmp_path / "scenarios.json")
+    return bench.scenario_jobs.Study(tmp_path / "data", tmp_path)
