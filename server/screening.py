@@ -7,7 +7,8 @@ those that stand out are reported by site. Figures of a site:
   cosine       between its change and the weighted mean of the others' changes, each cut to the
                median length, so that a long one does not turn the mean against all others
 
-Cost: the students on disk are read twice more, array by array; memory for few arrays.
+Cost: the students on disk are read twice more, array by array, and twice again in a round in which
+some pull against the others; memory for few arrays.
 """
 
 import logging
@@ -28,9 +29,11 @@ from server.robust import bound_updates
 LOG = logging.getLogger("fedmermed.server")
 COSINE_LIMIT: Final = -0.15
 """A site below it pulls against all others. Honest sites do so now and then (figures are in
-benchmarks/README.md): one that does so round after round is worth a look, which is no proof. Where
-half of the sites do, as with a modality each and few steps a round, they pull apart as a whole, and
-none of them is odd."""
+benchmarks/README.md): one that does so round after round is worth a look, which is no proof."""
+AGREEMENT: Final = 0.1
+"""Cosine that the others must have among themselves, the middle one of them, for a site to be odd
+beside them. Without it honest sites that pull apart, as with few steps a round, would be reported
+in most rounds; a flipped sign cannot be told there."""
 ROUNDS_AGAINST: Final = 3
 """Rounds in a row after which a site below the limit is reported."""
 FEWEST_TO_COMPARE: Final = 3
@@ -85,11 +88,9 @@ def screen(
         outcomes[site]["cosine"] = cosine
     outliers: list[Line] = []
     if len(left) >= FEWEST_TO_COMPARE:
-        before = lines[1 - ROUNDS_AGAINST :]
+        against = _against(left, lines, outcomes, state.student, median)
         for site in left:
-            rounds = [*(line["sites"] for line in before), outcomes]
-            against = sum(_against(site, seen) for seen in rounds) == ROUNDS_AGAINST
-            outliers += _outliers(site, outcomes[site], recipe, median, against=against)
+            outliers += _outliers(site, outcomes[site], recipe, median, against=site in against)
     for outlier in outliers:
         LOG.warning("round %d: %s", len(lines) + 1, outlier["words"])
     if recipe.federation.robust == "norm_bound":
@@ -170,12 +171,24 @@ def _copies(
     return found
 
 
-def _against(site: str, outcomes: Mapping[str, Line]) -> bool:
-    """Whether a site pulled against the others in a round, and most others did not."""
-    found = {name: outcome.get("cosine") for name, outcome in outcomes.items()}
-    known = [cosine for cosine in found.values() if cosine is not None]
-    own = found.get(site)
-    return own is not None and own < COSINE_LIMIT <= median_low(known)
+def _against(
+    updates: Mapping[str, SiteUpdate],
+    lines: Sequence[Line],
+    outcomes: Mapping[str, Line],
+    sent: Arrays,
+    median: float,
+) -> set[str]:
+    """Sites that pulled against the others for some rounds, where those others pull together."""
+    rounds = [*(line["sites"] for line in lines[1 - ROUNDS_AGAINST :]), outcomes]
+    found = set(updates)
+    for seen in rounds:
+        cosines_seen = {site: seen.get(site, {}).get("cosine") for site in found}
+        found = {s for s, c in cosines_seen.items() if c is not None and c < COSINE_LIMIT}
+    if not found or len(rounds) < ROUNDS_AGAINST:
+        return set()
+    others = {site: update for site, update in updates.items() if site not in found}
+    among = [c for c in cosines(others, outcomes, sent, median).values() if c is not None]
+    return found if among and median_low(among) >= AGREEMENT else set()
 
 
 def _outliers(

@@ -139,6 +139,17 @@ def test_sites_that_all_pull_apart_are_not_called_odd(recipe, state):
         lines.append({"round": number, "sites": outcomes})
 
 
+@pytest.mark.parametrize(("common", "reported"), [(0.0, []), (0.15, []), (0.7, ["x"])])
+def test_a_site_is_odd_only_where_the_others_pull_together(recipe, state, common, reported):
+    rng = np.random.default_rng(3)
+    changes = [common * COMMON + rng.normal(size=SIZE) for _ in range(5)]
+    updates = {site: update(state, c) for site, c in zip("abcde", changes, strict=True)}
+    updates["x"] = update(state, -np.mean(changes, axis=0))
+    screened, outcomes = judge(recipe, state, updates, against(2))
+    assert outcomes["x"]["cosine"] < COSINE_LIMIT
+    assert [outlier["site"] for outlier in screened.outliers] == reported
+
+
 def test_a_long_update_is_reported_and_cut_as_the_recipe_says(make_recipe, state):
     updates = honest(state) | {"x": update(state, 50 * COMMON)}
     screened, outcomes = judge(make_recipe(), state, updates)
