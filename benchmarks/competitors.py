@@ -21,6 +21,8 @@
   no_memory          a teacher, cosine between embeddings of two views, KoLeo; nothing else
   ours_25600, no_memory_25600
                      these two from the longer start, with the values that they have without
+  no_memory_without_start
+                     no_memory from random weights, with the same values
   dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
   fedprox            ours with FedProx' pull to the global weights
 and, in `leaving`, from the round on after a site has left:
@@ -111,8 +113,10 @@ STARTS_ALONE: Final = tuple(name for name in STARTS if name.startswith("init_"))
 LENGTHS: Final = ("init", *(name for name in STARTS_ALONE if WIDTHS.get(name, 1) == 1))
 """Starts that differ in their steps alone."""
 UNTRAINED: Final = ("init", "random", *STARTS_ALONE, *WITHOUT_NETWORK)
-TUNED_AS: Final[Mapping[str, str]] = {"no_memory_25600": "no_memory"}
-"""Arms that take another's values: a search of their own would cost a longer start."""
+TUNED_AS: Final[Mapping[str, str]] = {
+    "no_memory_25600": "no_memory", "no_memory_without_start": "no_memory",
+}  # fmt: skip
+"""Arms that take another's values: a search of their own would cost another start."""
 ROUND_LENGTHS: Final[Mapping[str, float]] = {"long_rounds": 10, "short_rounds": 0.5}
 """Factors on the recipe's local steps."""
 FORGETTING: Final = ("anchor", "slow_teacher", "server_momentum", "rehearsal", "decay")
@@ -137,7 +141,7 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "ours": ours,
     "init": ours,
     **dict.fromkeys((*STARTS_ALONE, "ours_25600"), ours),
-    "random": without_start,
+    "random": lambda: without_start(ours()),
     "pixels": without_network,
     "hand_made": without_network,
     "local": ours,
@@ -150,10 +154,10 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "random_anchors": random_anchors,
     "description_alone": description_alone,
     "without_memory": lambda: without_memory(described=True),
-    "without_start": without_start,
-    **dict.fromkeys(
-        ("no_memory", "no_memory_25600"),
-        lambda rate, koleo: without_memory(described=False, rate=rate, koleo=koleo),
+    "without_start": lambda: without_start(ours()),
+    **dict.fromkeys(("no_memory", "no_memory_25600"), partial(without_memory, described=False)),
+    "no_memory_without_start": lambda rate, koleo: without_start(
+        without_memory(described=False, rate=rate, koleo=koleo)
     ),
     "dino": lambda rate, temperature: arm_of(
         dino(prototypes=DINO_PROTOTYPES, temperature=temperature), rate=rate

@@ -51,9 +51,10 @@ def scaled(section: str, key: str, factor: float) -> Arm:
     return Arm(recipe=other)
 
 
-def without_start() -> Arm:
-    """From random weights."""
-    return with_recipe(model={"init_file": "", "phantom_steps": 0})
+def without_start(arm: Arm) -> Arm:
+    """An arm from random weights."""
+    start = {"init_file": "", "phantom_steps": 0}
+    return replace(arm, recipe=lambda recipe: changed(arm.recipe(recipe), model=start))
 
 
 def frozen() -> Arm:
