@@ -106,4 +106,5 @@ def test_three_hospitals_train_privately_are_killed_and_end_with_the_stated_epsi
     assert told["mode"] == "record"
     assert told["epsilon"] == pytest.approx(dict.fromkeys(("cxr", "oct", "us"), due))
     view = OverviewReader(out).read().privacy
-    assert (view.mode, view.spent, view.planned) == ("record", pytest.approx(due), due)
+    # another process may have summed with other threads, which moves the last bit of a double
+    assert (view.mode, view.spent, view.planned) == ("record", *[pytest.approx(due)] * 2)
