@@ -90,6 +90,11 @@ def over_hand_made(arms: Arms) -> str:
     return _differences(arms, "less_hand_made", "less hand-made [95 %]", MEAN)
 
 
+def over_no_memory(arms: Arms) -> str:
+    """Ours from random weights less FedAvg without a memory from the same."""
+    return _differences(arms, "less_no_memory", "less no_memory_without_start [95 %]", MEAN)
+
+
 def over_extreme(arms: Arms) -> str:
     """Each arm less itself where every modality is at one site, with all its images."""
     return _differences(arms, "less_extreme", "less `extreme` [95 %]", MEAN)
@@ -171,7 +176,7 @@ KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes,
     "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
-    "change": change, "noticed": noticed, "cpu": cpu,
+    "over_no_memory": over_no_memory, "change": change, "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 

@@ -123,6 +123,7 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
             ("less_ours", end, "ours"),
             ("less_ours_standard", usual, "ours"),
             ("less_hand_made", end, "hand_made"),
+            ("less_no_memory", end, "no_memory_without_start" if arm == "without_start" else arm),
         ):
             if arm != other and set(probe[arm]) & set(probe.get(other, ())):
                 found[arm][key] = listed(differences(probe[arm], probe[other]))

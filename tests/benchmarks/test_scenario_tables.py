@@ -53,6 +53,21 @@ def test_each_arm_is_held_against_hand_made_features_in_every_modality(bench, st
     assert lines[0].split()[3] == f"{init - hand_made:+.3f}"
 
 
+def test_ours_from_random_weights_is_held_against_fedavg_from_the_same(bench, study, hospitals):
+    arms = ["without_start", "no_memory_without_start", "ours"]
+    jobs = bench.scenarios.plan(study, ["extreme"], arms, [0], [4])
+    for job in jobs:
+        bench.scenario_run.execute(job, {"us": hospitals["us"]}, study.out)
+    bench.scenarios.report(study, jobs)
+    rows = read_json(study.results)["results"]["extreme"]["4"]
+    ours, plain = (rows[arm]["0"]["end"]["us"]["auroc"] for arm in arms[:2])
+    found = rows["without_start"]["less_no_memory"]["us"][0]
+    assert found == pytest.approx(ours - plain)
+    lines = bench.scenario_tables.over_no_memory(rows).splitlines()[2:]
+    assert [line.split()[1] for line in lines] == ["without_start"]
+    assert lines[0].split()[3] == f"{found:+.3f}"
+
+
 def test_differences_are_paired_over_images_and_seeds(bench):
     generator = np.random.default_rng(0)
     ours, arm = {}, {}
