@@ -178,13 +178,13 @@ def _against(
     sent: Arrays,
     median: float,
 ) -> set[str]:
-    """Sites that pulled against the others for some rounds, where those others pull together."""
+    """Sites, fewer than half, that pulled for some rounds against others that pull together."""
     rounds = [*(line["sites"] for line in lines[1 - ROUNDS_AGAINST :]), outcomes]
     found = set(updates)
     for seen in rounds:
         cosines_seen = {site: seen.get(site, {}).get("cosine") for site in found}
         found = {s for s, c in cosines_seen.items() if c is not None and c < COSINE_LIMIT}
-    if not found or len(rounds) < ROUNDS_AGAINST:
+    if not found or len(rounds) < ROUNDS_AGAINST or 2 * len(found) >= len(updates):
         return set()
     others = {site: update for site, update in updates.items() if site not in found}
     among = [c for c in cosines(others, outcomes, sent, median).values() if c is not None]

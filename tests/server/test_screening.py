@@ -150,6 +150,17 @@ def test_a_site_is_odd_only_where_the_others_pull_together(recipe, state, common
     assert [outlier["site"] for outlier in screened.outliers] == reported
 
 
+def test_half_of_the_sites_and_more_are_not_called_odd_by_the_others(recipe, state):
+    rng = np.random.default_rng(4)
+    many = {site: update(state, -COMMON + rng.normal(size=SIZE)) for site in "abc"}
+    heavy = {site: update(state, COMMON + rng.normal(size=SIZE), 1000) for site in "xy"}
+    sites = {site: {"outcome": "admitted", "cosine": -0.3} for site in many}
+    screened, outcomes = judge(recipe, state, many | heavy, [{"sites": sites}] * 2)
+    assert max(outcomes[site]["cosine"] for site in many) < COSINE_LIMIT
+    assert min(outcomes[site]["cosine"] for site in heavy) > -COSINE_LIMIT
+    assert screened.outliers == []
+
+
 def test_a_long_update_is_reported_and_cut_as_the_recipe_says(make_recipe, state):
     updates = honest(state) | {"x": update(state, 50 * COMMON)}
     screened, outcomes = judge(make_recipe(), state, updates)
