@@ -15,7 +15,7 @@
                      half as many steps
   flat_weight_decay, no_local_views, warm_student, no_warmup, large_memory
                      ours with one value of the recipe changed, see OTHER_VALUES
-  without_prototypes, refilled, unweighted, rebuild, random_anchors, without_description,
+  refilled, unweighted, rebuild, random_anchors, without_description,
   description_alone, without_memory, without_start
                      ours with one part taken out or replaced
   no_memory          a teacher, cosine between embeddings of two views, KoLeo; nothing else
@@ -130,7 +130,6 @@ OTHER_VALUES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "warm_student": {"loss": {"student_temperature": 0.2}},
     "no_warmup": {"optim": {"warmup": 0.0}},
     "large_memory": {"memory": {"entries_per_modality": 1024}},
-    "without_prototypes": {"federation": {"prototypes_per_modality": 0}},
     "refilled": {"memory": {"at_round_start": "refilled"}},
     "rebuild": {"federation": {"teacher": "rebuild"}},
     "without_description": {"loss": {"description_weight": 0.0}},

@@ -68,7 +68,7 @@ def without_network() -> Arm:
 
 
 def random_anchors() -> Arm:
-    """The memory keeps its first random vectors; so there are no prototypes either."""
+    """The memory keeps its first random vectors."""
 
     def change(state: TrainState, batches: Any, recipe: Recipe, site: str) -> None:
         state.bank.write = lambda modality, embeddings, patients: None  # type: ignore[method-assign]
@@ -95,7 +95,7 @@ def description_alone() -> Arm:
 
 
 def without_memory(*, described: bool, rate: float = 1.0, koleo: float | None = None) -> Arm:
-    """The views of an image are drawn together by their cosine; no memory, so no prototypes.
+    """The views of an image are drawn together by their cosine; no memory.
 
     Args:
         described: Go on describing the views, as ours does.

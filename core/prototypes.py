@@ -83,7 +83,9 @@ def site_prototypes(
         centroids = np.delete(centroids, counts.argmin(), axis=0)
 
 
-def merge_prototypes(contributions: Mapping[str, Prototypes], k: int, *seed: int) -> Prototypes:
+def merge_prototypes(
+    contributions: Mapping[str, Prototypes], k: int, *seed: int, least_sites: int = 1
+) -> Prototypes:
     """Join the prototypes of all sites by spherical k-means weighted with their counts.
 
     Args:
@@ -91,17 +93,17 @@ def merge_prototypes(contributions: Mapping[str, Prototypes], k: int, *seed: int
             arrival changes no bit of the result.
         k: Most prototypes of a modality.
         seed: Whole numbers that fix the draws, such as the study's seed and the round.
+        least_sites: A modality to which fewer contributed is left out; 1 or more.
 
     Returns:
-        Per modality unit rows and patient counts. A modality to which only one site contributed is
-        left out: sent back, it would merely echo that site's own bank.
+        Per modality unit rows and patient counts.
     """
     merged = Prototypes({}, {})
     for index, modality in enumerate(MODALITIES):
         given = [
             contributions[s] for s in sorted(contributions) if modality in contributions[s].counts
         ]
-        if len(given) < 2:
+        if len(given) < least_sites:
             continue
         points = np.concatenate([p.centroids[modality] for p in given])  # [N, D]
         counts = np.concatenate([p.counts[modality] for p in given])  # [N]

@@ -57,7 +57,7 @@ def site_round(
 
     Args:
         recipe: the study.
-        received: global weights and prototypes.
+        received: global weights; prototypes are not looked at.
         shards: the site's images.
         private: what this function returned as second value last time; empty at first.
         site: name, for the random streams.
@@ -90,8 +90,8 @@ def site_round(
     prototypes = Prototypes({}, {})
     for modality in data.pools:
         name = MODALITIES[modality]
-        entries = recipe.memory.entries_per_modality + len(state.extra_slots.get(modality, ()))
-        metrics[f"loss_ceiling/{name}"] = loss_ceiling(entries, recipe.memory.blocks)
+        ceiling = loss_ceiling(recipe.memory.entries_per_modality, recipe.memory.blocks)
+        metrics[f"loss_ceiling/{name}"] = ceiling
         embeddings, patients = state.bank.written(modality)
         if len(embeddings) > 1:
             figures = spread(embeddings, centred=recipe.memory.centred)
@@ -153,9 +153,6 @@ def _started(
     load_network(state.teacher, received.teacher)
     load_private(state, private)
     state.step = first_step
-    for modality in data.pools:
-        if (rows := received.prototypes.centroids.get(MODALITIES[modality])) is not None:
-            state.extra_slots[modality] = torch.from_numpy(rows).to(target)
     if recipe.loss.description_weight:
         state.usual = usual_of(recipe, state, data, site)
     return state

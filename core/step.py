@@ -44,8 +44,6 @@ class TrainState:
     bank: MemoryBank
     device: torch.device
     step: int = 0
-    extra_slots: dict[int, Tensor] = field(default_factory=dict)
-    """modality -> prototypes [P, D] of all sites, compared with like entries of the memory."""
     usual: dict[int, Usual] = field(default_factory=dict)
     """modality -> what pictures show of it at this site, if the recipe has them described."""
 
@@ -246,8 +244,6 @@ class _Step:
         """What the student's views of some images of a batch are compared with."""
         state, recipe, batch = self.state, self.recipe, self.current[number]
         memory = state.bank.embeddings[batch.modality]
-        if (slots := state.extra_slots.get(batch.modality)) is not None:
-            memory = torch.cat([memory, slots])
         return Objective(
             teacher,
             memory,

@@ -1,8 +1,9 @@
 """What crosses the wire, as a closed list, in plain numpy: the server reads this without torch.
 
 Down (server to site), RecordDict with two records:
-  "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor>, prototypes/<modality> [K, D] unit
-                          rows, prototype_counts/<modality> [K] float32
+  "arrays"  ArrayRecord   student/<tensor>, teacher/<tensor>; with record privacy, whose memory is
+                          made of them, prototypes/<modality> [K, D] unit rows and
+                          prototype_counts/<modality> [K] float32
                           scales/student, scales/teacher [T] float32, in delta16 and delta8
   "config"  ConfigRecord  study, round, step (global step at which the round starts), recipe (JSON)
 Up (site to server), RecordDict with two records:
@@ -38,7 +39,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from core.checkpoint import Arrays
-from core.config import ModelConfig
+from core.config import ModelConfig, Recipe
 from core.modalities import MODALITIES
 from core.strict import Count, Strict
 
@@ -96,7 +97,10 @@ class Prototypes:
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalState:
-    """What the server sends, and what a checkpoint of a round holds."""
+    """What the server sends, and what a checkpoint of a round holds.
+
+    Prototypes are sent where `sends_prototypes`; else they are there to be looked at.
+    """
 
     student: Arrays
     teacher: Arrays
@@ -157,6 +161,11 @@ def flatten(
 def take(arrays: Arrays, prefix: str) -> Arrays:
     """The arrays under a prefix, without it."""
     return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def sends_prototypes(recipe: Recipe) -> bool:
+    """Whether sites are sent the merged prototypes: with record privacy alone is there a use."""
+    return recipe.privacy.mode == "record"
 
 
 def metric_is_declared(name: str) -> bool:

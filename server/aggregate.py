@@ -11,7 +11,7 @@ from core.checkpoint import Arrays
 from core.config import Recipe
 from core.prototypes import decay_prototypes, merge_prototypes
 from core.schedules import ema_momentum
-from core.wire import GlobalState, Prototypes, SiteUpdate
+from core.wire import GlobalState, Prototypes, SiteUpdate, sends_prototypes
 from server.robust import cap_prototypes, trimmed_mean
 
 
@@ -100,5 +100,7 @@ def aggregate(
     kept = {site: kept[site] for site in sorted(kept) if kept[site].counts}
     weighed = kept if federation.robust == "none" else cap_prototypes(kept, federation.norm_bound)
     most = federation.prototypes_per_modality
-    merged = merge_prototypes(weighed, most, recipe.seed, round_number)
+    # Those that are sent back: of one site's prototypes they would be an echo.
+    least = 2 if sends_prototypes(recipe) else 1
+    merged = merge_prototypes(weighed, most, recipe.seed, round_number, least_sites=least)
     return GlobalState(student=student, teacher=teacher, prototypes=merged), kept, weights

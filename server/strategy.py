@@ -7,6 +7,7 @@ refused as completed; ours resumes, and raises when a round misses its quorum.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import (
@@ -23,7 +24,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from core.config import Recipe
 from core.privacy.noise import PrivateRandom
 from core.transport import pack_state
-from core.wire import SiteUpdate
+from core.wire import Prototypes, SiteUpdate, sends_prototypes
 from server.aggregate import aggregate
 from server.attendance import last_sites, require_quorum, wait_for_sites
 from server.exchange import Exchange
@@ -134,8 +135,10 @@ class FederatedMemory(Strategy):
 
         def ask(sites: Mapping[str, int], seconds: float) -> list[Message]:
             # Made for each question and let go of: no name may keep the state once it is sent.
-            state = self.checkpoint.state.to_arrays()
-            arrays = to_record(pack_state(state, self.recipe.federation.transport))
+            state = self.checkpoint.state
+            if not sends_prototypes(self.recipe):
+                state = replace(state, prototypes=Prototypes({}, {}))
+            arrays = to_record(pack_state(state.to_arrays(), self.recipe.federation.transport))
             self._bytes_down += len(sites) * (arrays.count_bytes() + config.count_bytes())
             content, group = RecordDict({"arrays": arrays, "config": config}), str(server_round)
             return [

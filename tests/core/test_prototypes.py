@@ -121,9 +121,10 @@ def test_merged_counts_add_up_to_all_patients():
     assert merged.counts["ct"].sum() == 2 * (12 + 30 + 11 + 15)
 
 
-def test_a_modality_of_a_single_site_is_not_sent_back():
-    merged = merge_prototypes({"a": contribution(0), "b": contribution(1, "oct")}, 3, 0)
-    assert merged == Prototypes({}, {})
+def test_a_modality_of_fewer_sites_than_wanted_is_left_out():
+    sites = {"a": contribution(0), "b": contribution(1, "oct")}
+    assert list(merge_prototypes(sites, 3, 0).counts) == ["ct", "oct"]
+    assert merge_prototypes(sites, 3, 0, least_sites=2) == Prototypes({}, {})
 
 
 def test_absent_sites_fade_and_counts_below_one_are_dropped():

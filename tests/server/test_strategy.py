@@ -102,6 +102,38 @@ def make_run(tmp_path, make_recipe):
     return make
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_prototypes_are_kept_to_be_seen_and_sent_back_with_record_privacy_alone(
+    private, make_run, make_recipe, make_record_recipe
+):
+    recipe = make_record_recipe(prototype_releases=2) if private else make_recipe()
+    received = []
+
+    def answer(message, context):
+        reply = site(message, context)
+        if message.metadata.message_type == "train":
+            arrays, metrics = reply.content["arrays"], reply.content["metrics"]
+            received.append({n for n in message.content["arrays"] if n.startswith("prototype")})
+            for name in [n for n in arrays if n.startswith("prototype")]:
+                del arrays[name]
+            for modality in ("ct", "us") if context.node_config["number"] == 1 else ("ct",):
+                arrays[f"prototypes/{modality}"] = Array(np.eye(16, dtype=np.float32)[:1])
+                arrays[f"prototype_counts/{modality}"] = Array(np.float32([6]))
+            metrics["num_examples/us"] = 20
+            if private:
+                metrics["epsilon"] = 0.5
+        return reply
+
+    run = make_run("run", recipe)
+    run_study(InProcessGrid(answer, [{"number": 1}, {"number": 2}]), recipe, run.path)
+    merged = run.load(lambda: None).state.prototypes
+    assert {m: c.tolist() for m, c in merged.counts.items()} == (
+        {"ct": [12.0]} if private else {"ct": [12.0], "us": [6.0]}
+    )
+    back = {"prototypes/ct", "prototype_counts/ct"} if private else set()
+    assert received == [set(), set(), back, back]
+
+
 @pytest.mark.parametrize("grid", [Sites, Remote])
 def test_a_reply_is_gone_before_the_next_is_pulled(grid, make_run, make_recipe):
     recipe, sites = make_recipe(), grid(7)
