@@ -5,7 +5,8 @@ A page has a table between two marks,
     <!-- table SCENARIO STEPS KIND ARM ... -->
     <!-- end -->
 
-KIND is one of KINDS; `table tuning val tries ARM ...` shows what was tried for competitors.
+KIND is one of KINDS; `table tuning val tries ARM ...` shows what was tried for competitors, and
+`table ours STEPS KIND SCENARIO ...` ours, a row a scenario.
 Run: python benchmarks/scenario_tables.py PAGE.md ... writes the tables anew; so a page cannot say
 another figure than the study's.
 """
@@ -96,7 +97,7 @@ def over_no_memory(arms: Arms) -> str:
 
 
 def over_extreme(arms: Arms) -> str:
-    """Each arm less itself where every modality is at one site, with all its images."""
+    """Each arm, or scenario, less the same where every modality is at one site, with all images."""
     return _differences(arms, "less_extreme", "less `extreme` [95 %]", MEAN)
 
 
@@ -252,7 +253,7 @@ def filled(page: str, results: Mapping[str, Any]) -> str:
 
 
 def all_results() -> dict[str, Any]:
-    """What the tables of our pages are made of: the study's results, and its tuning."""
+    """What tables are made of: the study's results, ours by scenario, and its tuning."""
     tuning: dict[str, Any] = {}
     if TRIED.exists():
         tried = read_json(TRIED)
@@ -260,7 +261,13 @@ def all_results() -> dict[str, Any]:
             arm: {"tries": rows, "chosen": tried["chosen"][arm]}
             for arm, rows in tried["tries"].items()
         }
-    return {**read_json(RESULTS)["results"], "tuning": {"val": tuning}}
+    results = read_json(RESULTS)["results"]
+    ours: dict[str, dict[str, Arm]] = {}
+    for scenario, lengths in results.items():
+        for steps, arms in lengths.items():
+            if "ours" in arms:
+                ours.setdefault(steps, {})[scenario] = arms["ours"]
+    return {**results, "ours": ours, "tuning": {"val": tuning}}
 
 
 def main() -> None:

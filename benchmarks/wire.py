@@ -5,8 +5,8 @@
     python benchmarks/wire.py scales --data DIR [--out runs/wire]
 
 bytes: the records that server and site build, for the initial weights of three recipes and an
-update that moves every tensor by a thousandth of its norm; 64 prototypes of one modality up, of
-seven down. No file of pretrained weights is read.
+update that moves every tensor by a thousandth of its norm; 64 prototypes of one modality go up. No
+file of pretrained weights is read.
 effect: three of the hospitals of configs/seven_sites.toml with their real images (real_images.py
 says which), 2 blocks of width 96, random first weights, 20 rounds of 3 steps, each way of sending.
 Measured: AUROC of the recipe's kNN vote on the validation split, on which nothing trains, the loss
@@ -34,7 +34,6 @@ from real_images import PLAIN_VIT, prepare
 from core.backbone import Network
 from core.checkpoint import Arrays
 from core.config import EvaluationConfig, Recipe, load_recipe
-from core.modalities import MODALITIES
 from core.rounding import EIGHT, decode
 from core.site_round import knn_auroc
 from core.sites import open_site
@@ -71,10 +70,9 @@ def read(name: str, transport: Transport, teacher: str) -> Recipe:
     return recipe.model_copy(update={"federation": federation})
 
 
-def prototypes(recipe: Recipe, modalities: tuple[str, ...]) -> Prototypes:
+def prototypes(recipe: Recipe) -> Prototypes:
     rows = np.eye(64, recipe.model.embedding_dim, dtype=np.float32)
-    counts = np.full(64, 10, np.float32)
-    return Prototypes(dict.fromkeys(modalities, rows), dict.fromkeys(modalities, counts))
+    return Prototypes({"ct": rows}, {"ct": np.full(64, 10, np.float32)})
 
 
 def moved(arrays: Arrays, rng: np.random.Generator) -> Arrays:
@@ -104,7 +102,7 @@ def messages(recipe: Recipe, state: GlobalState, way: str) -> tuple[int, int]:
     update = SiteUpdate(
         round_number=1, student=moved(state.student, rng),
         teacher=moved(state.teacher, rng) if averages else {},
-        prototypes=prototypes(recipe, MODALITIES[:1]), num_examples={}, metrics={},
+        prototypes=prototypes(recipe), num_examples={}, metrics={},
     )  # fmt: skip
     up = pack_update(update.to_arrays(), unpack_state(down, transport), transport)
     metrics = MetricRecord({"num_examples/ct": 1000, "loss/ct": 1.0, "seconds_train": 1.0})
@@ -123,14 +121,10 @@ def print_bytes() -> None:
         whole = 0
         for way, (transport, teacher) in WAYS.items():
             recipe = read(name, transport, teacher)
-            start = initial_state(recipe)
-            state = GlobalState(
-                student=start.student, teacher=start.teacher,
-                prototypes=prototypes(recipe, MODALITIES),
-            )  # fmt: skip
+            state = initial_state(recipe)
             down, up = messages(recipe, state, way)
             whole = whole or down + up
-            parameters = sum(array.size for array in start.student.values()) / 1e6
+            parameters = sum(array.size for array in state.student.values()) / 1e6
             print(
                 f"| {name} | {parameters:.1f} million | {way} | {down / 1e6:.1f} | {up / 1e6:.1f} "
                 f"| {(down + up) / 1e6:.1f} | {100 * (down + up) / whole:.0f} % |",
