@@ -99,8 +99,10 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
         arms = dict.fromkeys(["ours", "hand_made", *(job.arm for job in chosen)])
         done = by_arm(study, plan(study, [scenario], [*arms], seeds_of(study), [int(steps)]))
         rows = results.setdefault(scenario, {}).setdefault(steps, {})
+        asked = {job.arm for job in chosen}
         for arm, found in compared(study, scenario, done).items():
-            rows[arm] = rows.get(arm, {}) | found | across(study, scenario, arm, int(steps))
+            if arm in asked or arm not in rows:  # the others are there to be compared with
+                rows[arm] = rows.get(arm, {}) | found | across(study, scenario, arm, int(steps))
         shown = {arm: rows[arm] for arm in competitors.ARMS if arm in done}
         print(f"\n### {scenario}, {steps} steps a site")
         for kind, table in KINDS.items():
@@ -141,17 +143,20 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
 
 
 def across(study: Study, scenario: str, arm: str, steps: int) -> dict[str, Any]:
-    """How an arm differs from itself in `extreme`; there, how it grows with the sites' data."""
-    names = ["extreme", *SHARES] if scenario == "extreme" else ["extreme", scenario]
-    done = {n: by_arm(study, plan(study, [n], [arm], seeds_of(study), [steps])) for n in names}
-    whole, *others = (draws(study, done[name], "end").get(arm, {}) for name in names)
-    if scenario != "extreme":
-        shared = set(whole) & set(others[0])
-        return {"less_extreme": listed(differences(others[0], whole))} if shared else {}
-    points = {share: d for share, d in zip(SHARES.values(), others, strict=True) if d}
-    if not points or any(set(d) != set(whole) for d in points.values()):
+    """How an arm differs from itself in `extreme`; with less data, how it grows with that too."""
+    if scenario == "extreme":
         return {}
-    return {"per_data_doubling": listed(per_doubling({1.0: whole, **points}))}
+    names = dict.fromkeys(["extreme", *(SHARES if scenario in SHARES else [scenario])])
+    done = {n: by_arm(study, plan(study, [n], [arm], seeds_of(study), [steps])) for n in names}
+    found = {n: draws(study, pairs, "end").get(arm, {}) for n, pairs in done.items()}
+    whole, own = found["extreme"], found[scenario]
+    if not set(whole) & set(own):
+        return {}
+    result = {"less_extreme": listed(differences(own, whole))}
+    points = {share: found[n] for n, share in SHARES.items() if found.get(n)}
+    if points and all(set(d) == set(whole) for d in points.values()):
+        result["per_data_doubling"] = listed(per_doubling({1.0: whole, **points}))
+    return result
 
 
 def listed(found: Mapping[str, Comparison]) -> dict[str, list[float]]:
