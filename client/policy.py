@@ -79,6 +79,7 @@ class Policy(Strict):
     min_patients_per_cell: Annotated[int, Field(ge=2)] = 10
     """Such a count is of no patient, or of at least so many."""
     send_prototypes: bool = True
+    """They show the coordinator what the memory holds; record privacy makes its memory of them."""
     min_patients_per_prototype: Annotated[int, Field(ge=2)] = 10
     """The stricter of this and the recipe's value holds."""
 

@@ -186,6 +186,7 @@ class FederationConfig(Strict):
     """delta16: half the bytes; delta8: half of them again on the way up. core/transport.py states
     the error of each."""
     prototypes_per_modality: Annotated[int, Field(ge=0)] = 16
+    """To be looked at; with record privacy they are sent back as well. 0: none."""
     prototype_min_patients: Annotated[int, Field(ge=2)] = 10
     """A prototype made of fewer patients never leaves a site."""
     prototype_decay: Share = 0.9
