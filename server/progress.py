@@ -1,4 +1,4 @@
-"""Progress of a simulation: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a study in this process: bars on a terminal, plain lines elsewhere."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ def shown_progress(console: Console, recipe: Recipe, sites: int, done: int) -> I
     Args:
         console: Where to.
         recipe: The study, for its rounds and steps.
-        sites: How many sites train.
+        sites: How many sites train; 0: none, there is but pretraining to show.
         done: Rounds that are done already.
     """
     columns = (
@@ -47,16 +47,22 @@ class _Handler(logging.Handler):
         self._rounds, self._steps = recipe.federation.rounds, recipe.federation.local_steps
         self._round_steps = self._steps * sites
         self._first = self._done = done * self._round_steps
-        self._began = time.monotonic()
+        self._began = self._started = time.monotonic()
         total = self._rounds * self._round_steps
-        self._task = bar.add_task(f"{recipe.name}", total=total, completed=self._done)
+        self._task = bar.add_task(
+            f"{recipe.name}", total=total, completed=self._done, visible=sites > 0
+        )
+        self._phantoms = bar.add_task("pretraining on phantoms", visible=False)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
         step = getattr(record, "step", None)
         line = getattr(record, "line", None)
+        pretrained = getattr(record, "pretrained", None)
         if step is not None:
             self._step(*step)
+        elif pretrained is not None:
+            self._pretrained(*pretrained, record.getMessage())
         elif line is not None:
             self._done = line["round"] * self._round_steps
             self._bar.update(self._task, completed=self._done)
@@ -64,6 +70,13 @@ class _Handler(logging.Handler):
         else:
             colour = "yellow" if record.levelno >= logging.WARNING else "default"
             self._say(record.getMessage(), colour)
+
+    def _pretrained(self, step: int, steps: int, text: str) -> None:
+        now = time.monotonic()
+        self._bar.update(self._phantoms, total=steps, completed=step, visible=step < steps)
+        if not self._bar.console.is_terminal:
+            self._say(text + told((now - self._started) / step * (steps - step)))
+        self._began = now  # of the rounds
 
     def _step(self, site: str, round_number: int, step: int, loss: float) -> None:
         self._done += 1
@@ -75,10 +88,16 @@ class _Handler(logging.Handler):
 
     def _time_left(self) -> str:
         left = self._rounds * self._round_steps - self._done
-        if left <= 0 or self._done == self._first:
+        if self._done == self._first:
             return ""
-        seconds = (time.monotonic() - self._began) / (self._done - self._first) * left
-        return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+        return told((time.monotonic() - self._began) / (self._done - self._first) * left)
 
     def _say(self, text: str, style: str = "default") -> None:
         self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def told(seconds: float) -> str:
+    """The end of a line that says how long it takes yet; nothing at the end."""
+    if seconds <= 0:
+        return ""
+    return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"

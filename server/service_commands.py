@@ -112,10 +112,16 @@ def init(
     run: Annotated[Path, typer.Argument(help="Run directory; made if missing.")],
 ) -> None:
     """Write a study's initial weights, where torch is installed: the service then needs none."""
+    from rich.console import Console
+
     from server.history import read_recipe
     from server.launch import initialise
+    from server.progress import shown_progress
 
-    typer.echo(f"{initialise(read_recipe(recipe), run)}")
+    study = read_recipe(recipe)
+    with shown_progress(Console(stderr=True), study, sites=0, done=0):
+        file = initialise(study, run)
+    typer.echo(f"{file}")
 
 
 def run(

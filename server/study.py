@@ -105,9 +105,14 @@ def initial_state(recipe: Recipe) -> GlobalState:
             "bring RUN here"
         ) from None
     steps, done = recipe.model.phantom_steps, itertools.count(1)
+    if steps:
+        LOG.info("pretraining on phantoms: drawing them, then %d steps", steps)
 
     def on_step(loss: float) -> None:
         if (number := next(done)) % TOLD_STEPS == 0 or number == steps:
-            LOG.info("pretraining on phantoms: step %d of %d, loss %.3f", number, steps, loss)
+            LOG.info(
+                "pretraining on phantoms: step %d of %d, loss %.3f", number, steps, loss,
+                extra={"pretrained": (number, steps)},
+            )  # fmt: skip
 
     return make(recipe, on_step)
