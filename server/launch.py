@@ -98,7 +98,13 @@ def follow(
     Raises:
         UserError: the study failed, or brings no round `MAX_TRIES` times.
     """
-    rounds = read_recipe(run_dir / "recipe.json").federation.rounds
+    recipe = read_recipe(run_dir / "recipe.json")
+    rounds, steps = recipe.federation.rounds, recipe.model.phantom_steps
+    if steps and not (run_dir / "round-0000.safetensors").exists():
+        LOG.info(
+            "round 1 waits for %d steps of pretraining on phantoms; logs/apps.log of the "
+            "coordinator's directory has how far they are", steps,
+        )  # fmt: skip
     watch = _Watch(run_dir, told=len(read_history(run_dir)))
     while True:
         tend()

@@ -62,8 +62,12 @@ class _Handler(logging.Handler):
         if step is not None:
             self._step(*step)
         elif pretrained is not None:
-            self._pretrained(*pretrained, record.getMessage())
+            number, steps = pretrained
+            self._pretrained(number, steps, record.getMessage())
         elif line is not None:
+            if self._done == self._first:  # rounds of another process, after its pretraining
+                at_work = [s for part, s in line["seconds"].items() if part != "wait_for_sites"]
+                self._began = time.monotonic() - sum(at_work)
             self._done = line["round"] * self._round_steps
             self._bar.update(self._task, completed=self._done)
             self._say(f"{describe_round(line, self._rounds)}{self._time_left()}")

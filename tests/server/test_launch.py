@@ -85,6 +85,21 @@ def test_a_study_is_submitted_once_and_followed_to_its_end(run):
     ]
 
 
+def test_who_waits_for_pretraining_is_told_so(tmp_path, make_recipe, caplog):
+    recipe = make_recipe(rounds=3)
+    model = recipe.model.model_copy(update={"phantom_steps": 6400})
+    recipe = recipe.model_copy(update={"model": model})
+    for name, begun in (("new", False), ("begun", True)):
+        run = open_run(tmp_path / name, recipe)
+        if begun:
+            run.load(lambda: GlobalState(student={}, teacher={}))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            follow(Service(run, whole), run.path, 0)
+        told = "round 1 waits for 6400 steps of pretraining on phantoms" in caplog.text
+        assert told == (not begun)
+
+
 def test_a_server_app_that_died_is_followed_by_another_that_goes_on(run, caplog):
     service = Service(run, add_round, add_round, whole)
     follow(service, run.path, 0)

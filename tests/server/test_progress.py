@@ -51,6 +51,17 @@ def test_rounds_are_timed_from_the_end_of_pretraining_and_it_by_itself(make_reci
     ]
 
 
+def test_rounds_of_another_process_are_timed_by_what_the_first_took(make_recipe, clock):
+    console = Console(file=io.StringIO(), width=200)
+    with shown_progress(console, make_recipe(rounds=21, local_steps=1), sites=1, done=0):
+        clock[0] += 1200  # it pretrained meanwhile
+        seconds = {"wait_for_sites": 900.0, "exchange": 25.0, "aggregate": 5.0}
+        site = {"outcome": "admitted", "num_examples": {}}
+        line = {"round": 1, "sites": {"a": site}, "metrics": {}, "seconds": seconds}
+        LOG.info("", extra={"line": line})
+    assert lines(console)[0].endswith(", about 10 min left")
+
+
 def test_on_a_terminal_pretraining_has_a_bar_of_its_own(make_recipe):
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
     with shown_progress(console, make_recipe(), sites=2, done=0):
