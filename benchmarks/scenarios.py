@@ -146,7 +146,7 @@ def across(study: Study, scenario: str, arm: str, steps: int) -> dict[str, Any]:
     """How an arm differs from itself in `extreme`; with less data, how it grows with that too."""
     if scenario == "extreme":
         return {}
-    names = dict.fromkeys(["extreme", *(SHARES if scenario in SHARES else [scenario])])
+    names = ["extreme", *(SHARES if scenario in SHARES else [scenario])]
     done = {n: by_arm(study, plan(study, [n], [arm], seeds_of(study), [steps])) for n in names}
     found = {n: draws(study, pairs, "end").get(arm, {}) for n, pairs in done.items()}
     whole, own = found["extreme"], found[scenario]
