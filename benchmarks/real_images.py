@@ -73,8 +73,8 @@ def toml_text(table: dict[str, Any]) -> str:
     return "\n".join([*top, *sections]) + "\n"
 
 
-def run_all(commands: Sequence[list[str]], jobs: int) -> None:
-    """Run commands `jobs` at a time, each pinned to a processor of its own."""
+def run_all(commands: Sequence[list[str]], jobs: int, *, pinned: bool = True) -> None:
+    """Run commands `jobs` at a time, each pinned to a processor of its own or free to use all."""
     processors: Queue[int] = Queue()
     for processor in itertools.islice(sorted(os.sched_getaffinity(0)), jobs):
         processors.put(processor)
@@ -84,7 +84,7 @@ def run_all(commands: Sequence[list[str]], jobs: int) -> None:
         try:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                ["taskset", "-c", str(processor), *command],
+                ["taskset", "-c", str(processor), *command] if pinned else command,
                 cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
             if done.returncode:

@@ -147,7 +147,11 @@ def tuning_job(study: Study, arm: str, values: dict[str, Any], steps: int | None
 
 
 def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
-    """Run what has no result yet: starts first, then the jobs, each on a processor of its own."""
+    """Run what has no result yet: starts first, then the jobs, each on a processor of its own.
+
+    On a GPU a process may use all of them: what it waits for is drawn by several.
+    """
+    pinned = study.device == "cpu"
     real_images.prepare(study.data, study.out)
     missing = [job for job in jobs if results_of(study, job) is None]
     starts = {
@@ -156,14 +160,14 @@ def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
         if job.arm not in competitors.WITHOUT_NETWORK and study.phantom_steps(job.arm)
     }
     absent = [command for file, command in starts.items() if not file.exists()]
-    real_images.run_all(absent, processes)
+    real_images.run_all(absent, processes, pinned=pinned)
     commands = []
     for job in missing:
         file = study.out / "jobs" / f"{job.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, dataclasses.asdict(job))
         commands.append([sys.executable, str(RUN), str(file)])
-    real_images.run_all(commands, processes)
+    real_images.run_all(commands, processes, pinned=pinned)
 
 
 def results_of(study: Study, job: Job) -> dict[str, Any] | None:

@@ -9,14 +9,15 @@ import json
 import sys
 from pathlib import Path
 
-from federation_loop import changed
-
-from core.checkpoint import save_arrays
-from core.config import load_recipe
-from core.initial import initial_state
-
 
 def main() -> None:
+    # Here, because the processes that draw phantoms import this file, and torch takes them longer.
+    from federation_loop import changed
+
+    from core.checkpoint import save_arrays
+    from core.config import load_recipe
+    from core.initial import initial_state
+
     recipe_file, steps, device, seed, options, out = sys.argv[1:]
     recipe = load_recipe(Path(recipe_file)).model_copy(update={"seed": int(seed)})
     recipe = changed(recipe, model={"phantom_steps": int(steps), "options": json.loads(options)})

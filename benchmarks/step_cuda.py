@@ -9,7 +9,8 @@ import statistics
 import time
 
 import torch
-from step_cases import ROOT, SITE
+from real_images import ROOT
+from step_cases import SITE
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.backbone import use_plain_attention

@@ -44,6 +44,11 @@ class ModelConfig(Strict):
     phantom_steps: Annotated[int, Field(ge=0)] = 0
     """Steps by which the coordinator pretrains the backbone on drawn pictures before round 1
     (core.pretrain); 0: none."""
+    phantom_batch: Annotated[int, Field(ge=7)] = 14
+    """Pictures of such a step, of all seven modalities together. On a GPU many cost as much as few;
+    the learning rate grows with the root of it."""
+    phantoms: Annotated[int, Field(ge=0)] = 0
+    """Different pictures drawn of each modality; 0: five for eight steps."""
     head_hidden: Count = 256
     embedding_dim: Annotated[int, Field(ge=2)] = 64
     drop_path: Jitter = 0.0

@@ -34,7 +34,7 @@ def initial_state(
     if recipe.model.phantom_steps:
         from core.pretrain import Pretraining, pretrain
 
-        settings = Pretraining(steps=recipe.model.phantom_steps)
+        settings = Pretraining.of(recipe)
         network = pretrain(recipe, settings, device=device, on_step=on_step)
     else:
         network = Network.of(recipe)

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from core.backbone import Network, initialise, use_plain_attention
 from core.config import Recipe
 from core.description import USUAL_PICTURES, Description
 from core.device import uses_bf16
-from core.modalities import MODALITIES
 from core.optimizer import clip_each
-from core.phantoms import make_phantoms
+from core.phantoms import draw_pictures
 from core.randomness import torch_generator
 from core.sampling import batch_share, draw
+
+USUAL_BATCH = 14
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,22 @@ class Pretraining:
     phantoms: int | None = None
     """Different pictures of each modality; without it five for eight steps, so that the usual batch
     shows each about three times."""
-    batch_size: int = 14
+    batch_size: int = USUAL_BATCH
     """Pictures a step, split evenly over the modalities; each gives two views. In the same
     CPU time many steps of few teach more than few steps of many (benchmarks)."""
     learning_rate: float = 1.5e-3
-    """Highest, after a tenth of the steps; then a cosine to 0."""
+    """Highest of the usual batch, after a tenth of the steps; then a cosine to 0. It grows with the
+    root of the batch."""
     area: tuple[float, float] = (0.5, 1.0)
     """Share of a picture that a view shows."""
     ema_momentum: float = 0.95
     """Of the averaged weights that are the result; rises to 1 by a cosine."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """That of a study."""
+        model = recipe.model
+        return cls(model.phantom_steps, model.phantoms or None, model.phantom_batch)
 
 
 def pretrain(
@@ -75,11 +83,12 @@ def pretrain(
     optimizer = torch.optim.AdamW(own, weight_decay=0.05, fused=True)
     views = recipe.views.model_copy(update={"local_views": 0, "global_area": settings.area})
     dtype = torch.bfloat16 if uses_bf16(recipe, place) else None
-    pictures = {name: _pictures(recipe, settings, name).to(place) for name in MODALITIES}
+    pictures = {name: images.to(place) for name, images in _pictures(recipe, settings).items()}
     usual = {
         name: description.usual(images[:USUAL_PICTURES], views.global_px)
         for name, images in pictures.items()
     }
+    highest = settings.learning_rate * math.sqrt(settings.batch_size / USUAL_BATCH)
     for step in range(settings.steps):
         draws = torch_generator(recipe.seed, "pretrain", step)
         shown = {}
@@ -97,7 +106,7 @@ def pretrain(
         ]
         loss = torch.stack(losses).mean()
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _rate(step, settings.steps)
+            group["lr"] = highest * _rate(step, settings.steps)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         clip_each(own, recipe.optim.clip_norm)
@@ -119,17 +128,14 @@ def _start(recipe: Recipe) -> Network:
     return network
 
 
-def _pictures(recipe: Recipe, settings: Pretraining, name: str) -> Tensor:
-    """uint8 [N, C, px, px]: a patient each, so that no two share their anatomy."""
-    enough = max(USUAL_PICTURES, settings.steps * 5 // 8)
-    shard = make_phantoms(
-        name,
-        patients=settings.phantoms or enough,
-        images_per_patient=1,
-        px=recipe.views.global_px,
-        seed=recipe.seed,
-    )
-    return torch.from_numpy(shard.images).permute(0, 3, 1, 2).contiguous()
+def _pictures(recipe: Recipe, settings: Pretraining) -> dict[str, Tensor]:
+    """Modality -> uint8 [N, C, px, px]: a patient each, so that no two share their anatomy."""
+    count = settings.phantoms or max(USUAL_PICTURES, settings.steps * 5 // 8)
+    drawn = draw_pictures(count, px=recipe.views.global_px, seed=recipe.seed)
+    return {
+        name: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        for name, images in drawn.items()
+    }
 
 
 def _rate(step: int, steps: int) -> float:

@@ -48,7 +48,8 @@ def simulate(
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="Recipe (.toml): its model, views and seed.")],
     out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 14 pictures.")] = 1600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of one batch each.")] = 1600,
+    batch: Annotated[int, typer.Option(min=7, help="Pictures a step; many on a GPU.")] = 14,
     phantoms: Annotated[int, typer.Option(min=2, help="Pictures drawn of each modality.")] = 1000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[
@@ -58,7 +59,9 @@ def pretrain(
     """Pretrain a backbone on drawn pictures, for `model.init_file`: no data and no download."""
     from server.pretrain import pretrain_file
 
-    digest = pretrain_file(recipe, out, steps=steps, phantoms=phantoms, device=device, seed=seed)
+    digest = pretrain_file(
+        recipe, out, steps=steps, batch=batch, phantoms=phantoms, device=device, seed=seed
+    )
     typer.echo(f"{out}: backbone pretrained on phantoms, sha256 {digest}")
 
 

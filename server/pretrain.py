@@ -10,14 +10,22 @@ from core.errors import UserError
 
 
 def pretrain_file(
-    recipe_file: Path, out: Path, *, steps: int, phantoms: int, device: str, seed: int | None
+    recipe_file: Path,
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    phantoms: int,
+    device: str,
+    seed: int | None,
 ) -> str:
     """Pretrain a recipe's backbone on phantoms and write it; returns the file's sha256.
 
     Args:
         recipe_file: whose model, views and seed count; its `init_file` does not.
         out: an exported model (.safetensors), which `fedmermed-eval` measures too.
-        steps: of 14 pictures.
+        steps: how many.
+        batch: pictures of each, 7 or more.
         phantoms: different pictures of each modality.
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         seed: in place of the recipe's.
@@ -40,7 +48,7 @@ def pretrain_file(
         ) from None
     from core.wire import GlobalState
 
-    settings = Pretraining(steps=steps, phantoms=phantoms)
+    settings = Pretraining(steps, phantoms, batch)
     with counting(Console(stderr=True), "phantoms", steps, transient=True) as advance:
         network = pretrain(
             recipe, settings, device=resolve_device(device), on_step=lambda _: advance()

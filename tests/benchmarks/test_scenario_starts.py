@@ -1,24 +1,29 @@
 """The weights with which the jobs of a study begin."""
 
-import functools
-
 import numpy as np
 import pytest
 
 from core.checkpoint import read_json
 from core.initial import initial_state
-from core.pretrain import Pretraining
 
 
 def test_only_arms_with_a_network_have_a_start_made(bench, study, study_recipe, monkeypatch):
     study.recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 1})
     commands = []
+
+    def run_all(some, jobs, pinned):
+        commands.extend(some)
+        assert pinned == (study.device == "cpu")  # beside a GPU all processors draw phantoms
+
     monkeypatch.setattr(bench.real_images, "prepare", lambda data, out: {})
-    monkeypatch.setattr(bench.real_images, "run_all", lambda some, jobs: commands.extend(some))
-    for arm, programs in (
-        ("pixels", ["scenario_run.py"]), ("ours", ["scenario_start.py", "scenario_run.py"])
-    ):  # fmt: skip
+    monkeypatch.setattr(bench.real_images, "run_all", run_all)
+    for arm, device, programs in (
+        ("pixels", "cpu", ["scenario_run.py"]),
+        ("ours", "cpu", ["scenario_start.py", "scenario_run.py"]),
+        ("ours", "cuda", ["scenario_start.py", "scenario_run.py"]),
+    ):
         commands.clear()
+        study.device = device
         jobs = bench.scenarios.plan(study, ["extreme"], [arm], [0], [4])
         bench.scenario_jobs.run_jobs(study, jobs, 1)
         assert [words[1].rpartition("/")[2] for words in commands] == programs
@@ -27,9 +32,7 @@ def test_only_arms_with_a_network_have_a_start_made(bench, study, study_recipe, 
 def test_all_jobs_of_a_seed_begin_as_the_product_does_heads_included(
     bench, study, study_recipe, monkeypatch, load_benchmark
 ):
-    recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 1})
-    small = functools.partial(Pretraining, phantoms=16, batch_size=14)
-    monkeypatch.setattr("core.pretrain.Pretraining", small)
+    recipe = bench.federation_loop.changed(study_recipe, model={"phantom_steps": 1, "phantoms": 16})
     file = study.out / "phantoms.toml"
     table = recipe.model_dump(mode="json", exclude_none=True)
     file.write_text(bench.real_images.toml_text(table))
@@ -59,14 +62,12 @@ def test_a_shorter_start_has_its_own_file_and_the_others_share_one(bench, study,
 def test_a_start_of_another_width_is_made_and_measured_as_such(
     bench, study, study_recipe, monkeypatch, load_benchmark, hospitals
 ):
-    small = functools.partial(Pretraining, phantoms=16, batch_size=14)
-    monkeypatch.setattr("core.pretrain.Pretraining", small)
+    recipe = bench.federation_loop.changed(study_recipe, model={"phantoms": 16})
     monkeypatch.setitem(bench.competitors.STARTS, "init_wide", 1)
     monkeypatch.setitem(bench.competitors.STARTS, "init_1600", 1)
     file = study.out / "widths.toml"
-    file.write_text(
-        bench.real_images.toml_text(study_recipe.model_dump(mode="json", exclude_none=True))
-    )
+    table = recipe.model_dump(mode="json", exclude_none=True)
+    file.write_text(bench.real_images.toml_text(table))
     monkeypatch.setattr(bench.real_images, "RECIPE", file)
     begun = bench.scenario_jobs.Study(study.data, study.out)
     main = load_benchmark("scenario_start").main

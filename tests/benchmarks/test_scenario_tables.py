@@ -214,3 +214,9 @@ def test_the_values_that_were_chosen_are_bold_among_those_tried(bench):
         "| dino | rate: 1.0 | 0.5000 | 0.1000 |",
         "| dino | rate: 3.0 | **0.5000** | 0.3000 |",
     ]
+
+
+def test_what_is_recorded_was_measured_with_the_recipe_as_it_is(bench, tmp_path):
+    study = bench.scenario_jobs.Study(tmp_path, tmp_path)
+    for file in (study.results, study.tried):
+        assert read_json(file)["recipe_sha256"] == study.recipe_sha256

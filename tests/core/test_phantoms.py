@@ -1,9 +1,16 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import core.phantoms
 from core.errors import UserError
 from core.modalities import MODALITIES
-from core.phantoms import CLASSES, make_phantoms
+from core.phantoms import CLASSES, draw_pictures, make_phantoms
 from core.phantoms_draw import blur, ellipse, inside, new_canvas, soft_noise
 from core.shards import Shard, check_shard
 
@@ -84,6 +91,60 @@ def test_images_of_a_patient_differ_yet_resemble_each_other_most(
     others = alike[np.triu_indices(48, 2)].mean()
     # Nuclei and turned lesions move too freely for pixels to match.
     assert own > others - (0.05 if modality in {"pathology", "dermatology"} else 0)
+
+
+def test_several_processes_draw_the_pictures_that_one_draws(monkeypatch) -> None:
+    alone = draw_pictures(5, px=16, seed=3)
+    monkeypatch.setattr(core.phantoms, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(core.phantoms, "PART", 2)
+    monkeypatch.setattr(core.phantoms.os, "sched_getaffinity", lambda _: {0, 1})
+    shared = draw_pictures(5, px=16, seed=3)
+    assert list(shared) == list(alone) == list(MODALITIES)
+    for name, pictures in shared.items():
+        shard = make_phantoms(name, patients=5, images_per_patient=1, px=16, seed=3)
+        assert np.array_equal(pictures, shard.images)
+        assert np.array_equal(pictures, alone[name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told on Linux alone")
+def test_who_draws_ends_when_who_asked_is_killed(tmp_path) -> None:
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "import core.phantoms as p\n"
+        "if __name__ == '__main__':\n"
+        "    p.os.sched_getaffinity = lambda _: {0, 1}\n"
+        "    p.draw_pictures(100_000, px=64, seed=0)\n"
+    )
+    root = Path(__file__).parents[2]
+    asking = subprocess.Popen(
+        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    try:
+        _until(lambda: len(_children(asking.pid)) == 3)
+        drawing = _children(asking.pid)
+    finally:
+        asking.kill()
+        asking.wait()
+    _until(lambda: not any(_runs(pid) for pid in drawing))
+
+
+def _children(parent: int) -> list[int]:
+    """Processes that it spawned: two that draw, and one that keeps count of semaphores."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _until(holds) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_arguments_out_of_range_are_refused() -> None:

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,9 +38,29 @@ def test_the_head_stays_as_the_study_would_draw_it(recipe) -> None:
         assert torch.equal(trained[name], torch.from_numpy(drawn[name]))
 
 
+def test_a_recipe_says_how_many_pictures_and_the_rate_grows_with_their_root(
+    recipe, monkeypatch
+) -> None:
+    asked = {"phantom_steps": 3, "phantom_batch": 56, "phantoms": 20}
+    begun = recipe.model_copy(update={"model": recipe.model.model_copy(update=asked)})
+    settings = Pretraining.of(begun)
+    assert (settings.steps, settings.batch_size, settings.phantoms) == (3, 56, 20)
+    assert Pretraining.of(recipe) == Pretraining(steps=0)
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    initial_state(begun)
+    assert max(rates) == pytest.approx(2 * settings.learning_rate)
+
+
 def test_a_recipe_may_have_its_study_begin_so_and_says_how_far_it_is(recipe, monkeypatch) -> None:
     quick = Pretraining(steps=2, phantoms=4, batch_size=7)
-    monkeypatch.setattr(core.pretrain, "Pretraining", lambda steps: replace(quick, steps=steps))
+    monkeypatch.setattr(core.pretrain, "Pretraining", SimpleNamespace(of=lambda recipe: quick))
     model = recipe.model.model_copy(update={"phantom_steps": 2})
     begun = recipe.model_copy(update={"model": model})
     losses: list[float] = []
@@ -55,7 +75,7 @@ def test_a_recipe_may_have_its_study_begin_so_and_says_how_far_it_is(recipe, mon
 
 def test_who_evaluates_a_recipe_sees_how_far_its_pretraining_is(tmp_path, monkeypatch) -> None:
     quick = Pretraining(steps=2, phantoms=4, batch_size=7)
-    monkeypatch.setattr(core.pretrain, "Pretraining", lambda steps: replace(quick, steps=steps))
+    monkeypatch.setattr(core.pretrain, "Pretraining", SimpleNamespace(of=lambda recipe: quick))
     file = tmp_path / "recipe.toml"
     file.write_text(
         "[model]\noptions = { patch_size = 8, embed_dim = 32, depth = 2, num_heads = 2 }\n"
