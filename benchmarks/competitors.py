@@ -19,8 +19,10 @@
   description_alone, without_memory, without_start
                      ours with one part taken out or replaced
   no_memory          a teacher, cosine between embeddings of two views, KoLeo; nothing else
-  ours_25600, no_memory_25600
-                     these two from the longer start, with the values that they have without
+  init_wide_6400     the recipe's start with blocks twice as wide, untrained
+  ours_25600, no_memory_25600, ours_wide
+                     ours and no_memory from the longer start, ours from the wide one, with the
+                     values that they have without
   no_memory_without_start
                      no_memory from random weights, with the same values
   dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
@@ -104,11 +106,13 @@ WITHOUT_NETWORK: Final[Mapping[str, FeatureSource]] = {"pixels": PIXELS, "hand_m
 """Arms that are the same for every seed and need no start."""
 STARTS: Final[Mapping[str, int]] = {
     "init_1600": 1600, "init_25600": 25600, "ours_25600": 25600, "no_memory_25600": 25600,
-    "init_narrow": 1600, "init_wide": 1600,
+    "init_narrow": 1600, "init_wide": 1600, "init_wide_6400": 6400, "ours_wide": 6400,
 }  # fmt: skip
-"""Arms whose start learned from phantoms for another number of steps than the recipe's."""
-WIDTHS: Final[Mapping[str, float]] = {"init_narrow": 0.5, "init_1600": 1, "init_wide": 2}
-"""Factors on the width of the blocks and the number of their heads, of starts that are compared."""
+"""Arms whose start learned from phantoms for so many steps, whatever the recipe says."""
+WIDTHS_ALONE: Final[Mapping[str, float]] = {"init_narrow": 0.5, "init_1600": 1, "init_wide": 2}
+"""Starts that differ in their width alone."""
+WIDTHS: Final[Mapping[str, float]] = {**WIDTHS_ALONE, "init_wide_6400": 2, "ours_wide": 2}
+"""Factors on the width of the blocks and the number of their heads."""
 STARTS_ALONE: Final = tuple(name for name in STARTS if name.startswith("init_"))
 LENGTHS: Final = ("init", *(name for name in STARTS_ALONE if WIDTHS.get(name, 1) == 1))
 """Starts that differ in their steps alone."""
@@ -139,7 +143,7 @@ OTHER_VALUES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
 ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "ours": ours,
     "init": ours,
-    **dict.fromkeys((*STARTS_ALONE, "ours_25600"), ours),
+    **dict.fromkeys((*STARTS_ALONE, "ours_25600", "ours_wide"), ours),
     "random": lambda: without_start(ours()),
     "pixels": without_network,
     "hand_made": without_network,

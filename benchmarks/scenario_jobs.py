@@ -180,9 +180,15 @@ def results_of(study: Study, job: Job) -> dict[str, Any] | None:
 
 
 def draws_of(study: Study, job: Job, moment: str) -> dict[str, Resampled]:
-    """Modality -> AUROC of the test split with its draws, at "end" or at "half"."""
+    """Modality -> AUROC of the test split with its draws; nothing if that was not measured.
+
+    Args:
+        study: where results lie.
+        job: one that has them.
+        moment: "end" or "half", with "_" and its name for another probe than the main one.
+    """
     arrays, _ = load_arrays(study.out / "measured" / f"{job.name}.safetensors")
-    rows = read_json(study.out / "measured" / f"{job.name}.json")[moment]
+    rows = read_json(study.out / "measured" / f"{job.name}.json").get(moment, {})
     return {
         name: Resampled(row["auroc"], arrays[f"{moment}/{name}"].astype(float), row["freedom"])
         for name, row in rows.items()

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from core.backbone import BACKBONE, create_backbone, use_plain_attention
 from core.checkpoint import Arrays
@@ -35,6 +35,9 @@ from core.randomness import numpy_generator
 DRAWS: Final = 1000
 LAST_BLOCKS: Final = 3
 NEIGHBOURS: Final = 20
+OTHERS: Final = ("standard", "early")
+"""Probes on class and mean patch tokens of the image alone, as is usual; and on the features of the
+main one with mean and deviation of the patch tokens before the first block."""
 IMAGES_A_PASS: Final = 32
 """So that more of the activations stay in a core's cache; the features are the same bits."""
 
@@ -51,9 +54,8 @@ class Measured:
     """AUROC of a vote on the test split."""
     knn_accuracy: float
     """Share of the test split that the vote gets right."""
-    standard: Resampled
-    """As `test`, of a probe on class and mean patch tokens of the image alone, as is usual; `test`
-    itself where only val was asked for."""
+    others: Mapping[str, Resampled]
+    """As `test`, of the other probes in OTHERS; none where only val was asked for."""
 
 
 def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
@@ -71,45 +73,58 @@ def backbone_of(recipe: Recipe, arrays: Arrays) -> nn.Module:
 
 def of_network(
     recipe: Recipe, arrays: Arrays, device: str = "cpu"
-) -> tuple[FeatureSource, FeatureSource]:
-    """What `extract` takes of a network, and the usual: class and mean patch tokens, not mirrored.
+) -> tuple[FeatureSource, dict[str, FeatureSource]]:
+    """What `extract` takes of a network, and what the probes in OTHERS read.
 
-    One pass through the network serves both.
+    One pass through the network serves all.
     """
     backbone, px = backbone_of(recipe, arrays).eval().to(device), recipe.views.global_px
     blocks = min(LAST_BLOCKS, len(backbone.blocks))  # type: ignore[arg-type]
-    found: dict[tuple[str, bytes], tuple[Features, Features]] = {}
+    found: dict[tuple[str, bytes], dict[str, Features]] = {}
+    entering: list[Tensor] = []
+    backbone.blocks[0].register_forward_pre_hook(  # type: ignore[index,operator,union-attr]
+        lambda module, inputs: entering.append(inputs[0])
+    )
+
+    def seen(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = block_tokens(backbone, pixels, blocks)
+        early = entering.pop()[:, backbone.num_prefix_tokens :].float()  # type: ignore[misc]
+        return tokens, torch.cat([early.mean(1), early.std(1, correction=0)], 1)
 
     @torch.inference_mode()
-    def both(task: Task, indices: NDArray[np.int64]) -> tuple[Features, Features]:
+    def all_of(task: Task, indices: NDArray[np.int64]) -> dict[str, Features]:
         key = (task.name, indices.tobytes())
         if key not in found:
             images = task.shard.images[indices]
             rows = []
             place = torch.device(device)
             for pixels in pixel_batches(images, MEAN_STD[task.name], px, place, IMAGES_A_PASS):
-                ahead = block_tokens(backbone, pixels, blocks)
-                mirrored = block_tokens(backbone, pixels.flip(-1), blocks)
+                (ahead, early), (mirrored, late) = seen(pixels), seen(pixels.flip(-1))
                 usual = ahead.unflatten(1, (blocks, 3, -1))[:, :, :2].flatten(1)
-                rows.append(((ahead + mirrored) / 2, usual))
-            full, standard = (torch.cat(part).cpu().numpy() for part in zip(*rows, strict=True))
-            found[key] = full, standard
+                full = (ahead + mirrored) / 2
+                rows.append((full, usual, torch.cat([full, (early + late) / 2], 1)))
+            parts = (torch.cat(part).cpu().numpy() for part in zip(*rows, strict=True))
+            found[key] = dict(zip(("network", *OTHERS), parts, strict=True))
         return found[key]
 
-    return (
-        FeatureSource("network", lambda task, indices: both(task, indices)[0], blocks),
-        FeatureSource("standard", lambda task, indices: both(task, indices)[1], blocks),
-    )
+    def source(name: str) -> FeatureSource:
+        return FeatureSource(name, lambda task, indices: all_of(task, indices)[name], blocks)
+
+    return source("network"), {name: source(name) for name in OTHERS}
 
 
 def measure(
-    source: FeatureSource, standard: FeatureSource, tasks: Sequence[Task], *, test: bool = True
+    source: FeatureSource,
+    others: Mapping[str, FeatureSource],
+    tasks: Sequence[Task],
+    *,
+    test: bool = True,
 ) -> dict[str, Measured]:
     """Modality -> what the features are worth.
 
     Args:
         source: where they come from; the vote sees the last block's.
-        standard: where the usual ones come from.
+        others: where those of other probes come from; `source` itself is not probed again.
         tasks: one a modality.
         test: False leaves the test split alone: its figures are those of val.
     """
@@ -124,11 +139,11 @@ def measure(
         )  # fmt: skip
         vote = measures(votes, task.labels(asked))
         val, probe = _probe(task, asked, features)
-        other = probe
-        if test:
-            usual = [standard.extract(task, i) for i in (task.train, task.val, asked)]
-            other = _probe(task, asked, usual)[1]
-        rows[task.name] = Measured(probe, val, vote["auroc"], vote["accuracy"], other)
+        found = {}
+        for name, other in others.items() if test else ():
+            parts = [other.extract(task, i) for i in (task.train, task.val, asked)]
+            found[name] = probe if other is source else _probe(task, asked, parts)[1]
+        rows[task.name] = Measured(probe, val, vote["auroc"], vote["accuracy"], found)
     return rows
 
 
@@ -170,7 +185,7 @@ def _mean(rows: Sequence[Measured]) -> Measured:
         float(np.mean([row.val for row in rows])),
         float(np.mean([row.knn for row in rows])),
         float(np.mean([row.knn_accuracy for row in rows])),
-        _mean_draws([row.standard for row in rows]),
+        {name: _mean_draws([row.others[name] for row in rows]) for name in rows[0].others},
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from federation_loop import Arm, Federation, changed, federate
 from scenario_jobs import Job
-from scenario_measure import Measured, mean_of, measure, of_network
+from scenario_measure import OTHERS, Measured, mean_of, measure, of_network
 from scenario_sites import Scenario, Sites, build
 
 from core.backbone import BACKBONE
@@ -53,7 +53,9 @@ class Meter:
             rows = self._measure(state, network, asked)
             self.val[network] = float(np.mean([row.val for row in rows.values()]))
 
-    def _network(self, state: GlobalState, network: str) -> tuple[FeatureSource, FeatureSource]:
+    def _network(
+        self, state: GlobalState, network: str
+    ) -> tuple[FeatureSource, dict[str, FeatureSource]]:
         return of_network(self.recipe, getattr(state, network), self.job.device)
 
     def _measure(
@@ -61,7 +63,9 @@ class Meter:
     ) -> dict[str, Measured]:
         began = time.process_time()
         source = competitors.WITHOUT_NETWORK.get(self.job.arm)
-        sources = (source, source) if source else self._network(state, network)
+        sources = (
+            (source, dict.fromkeys(OTHERS, source)) if source else self._network(state, network)
+        )
         tasks = [task for task in self.tasks if not held or task.name in held]
         rows = measure(*sources, tasks, test=not self.job.tuning)
         self.cpu_seconds += time.process_time() - began
@@ -198,13 +202,12 @@ def _write(job: Job, out: Path, meter: Meter, federations: Sequence[Federation])
             }
             for name, m in rows.items()
         }
-        result[f"{moment}_standard"] = {
-            name: {"auroc": m.standard.value, "freedom": m.standard.freedom}
-            for name, m in rows.items()
-        }
         for name, m in rows.items():
             arrays[f"{moment}/{name}"] = m.test.draws.astype(np.float32)
-            arrays[f"{moment}_standard/{name}"] = m.standard.draws.astype(np.float32)
+            for probe, found in m.others.items():
+                row = {"auroc": found.value, "freedom": found.freedom}
+                result.setdefault(f"{moment}_{probe}", {})[name] = row
+                arrays[f"{moment}_{probe}/{name}"] = found.draws.astype(np.float32)
     (out / "measured").mkdir(exist_ok=True)
     save_arrays(out / "measured" / f"{job.name}.safetensors", arrays)
     write_json(out / "measured" / f"{job.name}.json", result)

@@ -81,6 +81,23 @@ def means(arms: Arms) -> str:
     return markdown(["arm", "probe", less, "usual probe", less, "vote"], rows)
 
 
+def early(arms: Arms) -> str:
+    """The probe that also reads the tokens before the first block, beside the one that does not."""
+    rows = [
+        [
+            name,
+            with_spread(figures(arm, "end")[MEAN]),
+            with_spread(figures(arm, "end_early")[MEAN]),
+            _difference(arm, "early_less_probe"),
+            _difference(arm, "early_less_hand_made"),
+        ]
+        for name, arm in arms.items()
+        if "early_less_probe" in arm
+    ]
+    heads = ["arm", "probe", "with earlier tokens", "less the probe [95 %]"]
+    return markdown([*heads, "less hand-made [95 %]"], rows)
+
+
 def by_modality(arms: Arms) -> str:
     """Each arm less ours in every modality."""
     return _differences(arms, "less_ours", "less ours [95 %]")
@@ -174,7 +191,7 @@ def tries(arms: Arms) -> str:
 
 
 KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
-    "means": means, "probe": probe, "standard": standard, "votes": votes,
+    "means": means, "probe": probe, "standard": standard, "votes": votes, "early": early,
     "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
     "over_no_memory": over_no_memory, "change": change, "noticed": noticed, "cpu": cpu,

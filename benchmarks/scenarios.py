@@ -79,8 +79,9 @@ def seeds_of(study: Study) -> list[int]:
 
 
 def draws(study: Study, done: Done, moment: str) -> dict[str, Draws]:
-    """Arm -> seed -> modality -> AUROC with its draws."""
-    return {arm: {j.seed: draws_of(study, j, moment) for j, _ in r} for arm, r in done.items()}
+    """Arm -> seed, if that was measured, -> modality -> AUROC with its draws."""
+    found = {arm: {j.seed: draws_of(study, j, moment) for j, _ in r} for arm, r in done.items()}
+    return {arm: {seed: rows for seed, rows in by.items() if rows} for arm, by in found.items()}
 
 
 def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None:
@@ -115,9 +116,9 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
 
 def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
     """Arm -> seed -> row; and how it differs from ours, hand-made features, itself at half time."""
-    end, usual = (draws(study, done, moment) for moment in ("end", "end_standard"))
+    end, usual, early = (draws(study, done, f"end{p}") for p in ("", "_standard", "_early"))
     half = draws(study, done, "half") if scenario in CHANGING else {}
-    weights = {a: done[a][0][1]["weights"] for a in competitors.WIDTHS if a in done}
+    weights = {a: done[a][0][1]["weights"] for a in competitors.WIDTHS_ALONE if a in done}
     found: dict[str, dict[str, Any]] = {}
     for arm, pairs in done.items():
         found[arm] = {str(job.seed): row(job, result) for job, result in pairs}
@@ -129,6 +130,9 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
         ):
             if arm != other and set(probe[arm]) & set(probe.get(other, ())):
                 found[arm][key] = listed(differences(probe[arm], probe[other]))
+        for key, other in (("early_less_probe", arm), ("early_less_hand_made", "hand_made")):
+            if arm not in competitors.WITHOUT_NETWORK and early[arm] and other in end:
+                found[arm][key] = listed(differences(early[arm], end[other]))
         for key, first, amounts in (
             ("per_doubling", "init", {a: study.phantom_steps(a) for a in competitors.LENGTHS}),
             ("per_weights_doubling", "init_1600", weights),
@@ -166,10 +170,10 @@ def listed(found: Mapping[str, Comparison]) -> dict[str, list[float]]:
 
 def row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a job."""
+    moments = [key for key in result if key.startswith(("half", "end"))]
     kept = (
-        *("half", "end", "half_standard", "end_standard"),
-        *("cpu_train", "cpu_measure", "measurements", "site_steps", "held", "weights"),
-    )
+        *moments, "cpu_train", "cpu_measure", "measurements", "site_steps", "held", "weights"
+    )  # fmt: skip
     counts = {key: len(result[key]) for key in ("outliers", "rejected")}
     return {key: result[key] for key in kept} | counts | {"values": job.values, "tuned": job.tuned}
 

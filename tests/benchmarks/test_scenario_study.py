@@ -156,6 +156,7 @@ def test_draws_come_back_from_the_disk_as_they_were(bench, study):
     found = bench.scenario_jobs.draws_of(study, job, "end")["us"]
     assert (found.value, found.freedom) == (0.5, 7.0)
     np.testing.assert_array_equal(found.draws, draws)
+    assert bench.scenario_jobs.draws_of(study, job, "end_early") == {}
 
 
 def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
@@ -187,9 +188,9 @@ def test_a_study_runs_from_the_command_to_the_tables_and_not_twice(
     assert capsys.readouterr().out.startswith("done: extreme-ours-4-0")
 
 
-def test_one_pass_serves_the_probe_of_the_product_and_the_usual_one(bench, study_recipe, hospitals):
+def test_one_pass_serves_the_probe_of_the_product_and_the_others(bench, study_recipe, hospitals):
     state = initial_state(study_recipe)
-    full, standard = bench.scenario_measure.of_network(study_recipe, state.teacher)
+    full, others = bench.scenario_measure.of_network(study_recipe, state.teacher)
     (shard,) = hospitals["us"]
     (task,) = labelled_tasks([shard])
     backbone, chosen = bench.scenario_measure.backbone_of(study_recipe, state.teacher), task.test
@@ -201,9 +202,17 @@ def test_one_pass_serves_the_probe_of_the_product_and_the_usual_one(bench, study
     with torch.no_grad():
         tokens = backbone.forward_features((pixels - mean) / std)
     usual = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1).numpy()
-    found = standard.extract(task, chosen)
+    found = others["standard"].extract(task, chosen)
     assert found.shape[1] == 2 * usual.shape[1]  # of two blocks, the last one last
     assert found[:, usual.shape[1] :] == pytest.approx(usual, abs=1e-5)
+    found, added = others["early"].extract(task, chosen), 2 * backbone.num_features
+    assert found[:, :-added] == pytest.approx(expected, abs=1e-5)
+    whole = []
+    for shown in (pixels, pixels.flip(-1)):
+        with torch.no_grad():
+            first = backbone._pos_embed(backbone.patch_embed((shown - mean) / std))[:, 1:]
+        whole.append(torch.cat([first.mean(1), first.std(1, correction=0)], 1).numpy())
+    assert found[:, -added:] == pytest.approx((whole[0] + whole[1]) / 2, abs=1e-5)
 
 
 def test_another_recipe_or_device_leaves_our_results_alone(bench, study, tmp_path):

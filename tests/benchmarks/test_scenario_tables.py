@@ -51,6 +51,15 @@ def test_each_arm_is_held_against_hand_made_features_in_every_modality(bench, st
     assert heads == "| less hand-made [95 %] | ultrasound | mean |"
     assert [line.split()[1] for line in lines] == ["init"]
     assert lines[0].split()[3] == f"{init - hand_made:+.3f}"
+    early = rows["init"]["0"]["end_early"]["us"]["auroc"]
+    assert early != init
+    for key, other in (("early_less_probe", init), ("early_less_hand_made", hand_made)):
+        assert rows["init"][key]["us"][0] == pytest.approx(early - other)
+        assert key not in rows["hand_made"]
+    assert rows["hand_made"]["0"]["end_early"] == rows["hand_made"]["0"]["end_standard"]
+    (line,) = bench.scenario_tables.early(rows).splitlines()[2:]
+    assert line.split()[1:6:2] == ["init", f"{init:.3f}", f"{early:.3f}"]
+    assert f" {early - hand_made:+.3f} " in line
 
 
 def test_ours_from_random_weights_is_held_against_fedavg_from_the_same(bench, study, hospitals):
