@@ -191,8 +191,8 @@ def audit_privacy(
     import json
 
     from client.audit_privacy import LIMITS, as_json, report, what_to_audit
+    from core.device import resolve_device
     from core.privacy.canaries import audit as attack
-    from core.site_round import resolve_device
 
     privacy, steps = what_to_audit(recipe)
     place = resolve_device(device)

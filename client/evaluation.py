@@ -22,12 +22,12 @@ from client.policy import PolicyRefusal, Refusal
 from client.site import SiteConfig
 from core.backbone import create_backbone, use_plain_attention
 from core.checkpoint import Arrays
+from core.device import resolve_device
 from core.errors import UserError
 from core.evaluate import Features, knn_scores, measures, probe_scores
 from core.evaluation.pooled import safe_histogram
 from core.evaluation.shared_probe import SharedProbe, SiteTask, read_probes, site_tasks
 from core.export import Model
-from core.site_round import resolve_device
 from core.sites import open_site
 from core.wire import (
     BACKBONE,

@@ -122,8 +122,9 @@ def _train(
     # torch takes seconds to import: a query, a refusal or a stored reply needs none of it.
     import torch
 
+    from core.device import resolve_devices
     from core.private_round import private_round
-    from core.site_round import resolve_devices, site_round
+    from core.site_round import site_round
 
     if site.threads:
         torch.set_num_threads(site.threads)

@@ -116,9 +116,9 @@ def embed(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from core.device import resolve_device
     from core.evaluation.embed import embed as write
     from core.evaluation.models import open_model
-    from core.site_round import resolve_device
     from core.sites import open_sites
 
     sites = open_sites(data)
@@ -191,9 +191,9 @@ def _run(
     from rich.progress import Progress
 
     from core.checkpoint import sha256_file, write_json
+    from core.device import resolve_device
     from core.evaluate import check_task, labelled_tasks, mean_over_modalities
     from core.export import load_model
-    from core.site_round import resolve_device
     from core.sites import open_sites
 
     device = resolve_device(device)

@@ -43,7 +43,7 @@ class ModelConfig(Strict):
     names), or a round of another run (its teacher, heads included); empty: random weights."""
     phantom_steps: Annotated[int, Field(ge=0)] = 0
     """Steps by which the coordinator pretrains the backbone on drawn pictures before round 1
-    (core.pretrain); 0: none."""
+    (core.pretrain), on its GPU if it has one; 0: none."""
     phantom_batch: Annotated[int, Field(ge=7)] = 14
     """Pictures of such a step, of all seven modalities together. On a GPU many cost as much as few;
     the learning rate grows with the root of it."""

@@ -59,7 +59,7 @@ def private_round(
         declared: modality -> images, as the site's file states them: they weigh the update. Exact
             counts would tell whether one patient is there.
         first_step: global step at which the round starts.
-        device: a torch device name, from `core.site_round.resolve_device`.
+        device: a torch device name, from `core.device.resolve_device`.
         on_step: progress. The loss it is given is that of the step's patients without noise: it
             must not leave the site. NaN in a step without patients.
 

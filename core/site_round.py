@@ -16,7 +16,6 @@ from core.checkpoint import Arrays
 from core.collapse import spread
 from core.config import Recipe
 from core.description import USUAL_PICTURES, Description, Usual
-from core.errors import UserError
 from core.evaluate import auroc, extract, knn_scores, labelled_tasks
 from core.modalities import MODALITIES
 from core.prototypes import site_prototypes
@@ -177,53 +176,6 @@ def _train(
         on_step=on_step,
         ranks=ranks,
     )
-
-
-def resolve_device(name: str) -> str:
-    """Turn 'auto', 'cpu', 'cuda' or 'cuda:N' into a torch device name.
-
-    Raises:
-        UserError: a GPU is asked for and there is none, or the name is unknown.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return name
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
-        raise UserError(f"device '{name}' is unknown; give 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} usable "
-            "GPU(s) here; install a driver and a CUDA build of torch, or give 'auto' or 'cpu'"
-        )
-    return name
-
-
-def resolve_devices(name: str, count: int) -> list[str]:
-    """The devices that share a site's training.
-
-    Args:
-        name: as for `resolve_device`.
-        count: how many; 0: all GPUs that torch sees, or one process on the CPU.
-
-    Returns:
-        torch device names; of several GPUs those with the lowest numbers.
-
-    Raises:
-        UserError: there are fewer GPUs.
-    """
-    first = resolve_device(name)
-    if first == "cpu":
-        return [first] * max(count, 1)
-    found = 1 if ":" in first else torch.cuda.device_count()
-    if count > found:
-        raise UserError(
-            f"devices = {count} of '{name}' were asked for, but that is {found} GPU(s) here; lower "
-            "'devices' in the site file, or leave it out to use all"
-        )
-    wanted = count or found
-    return [first] if wanted == 1 else [f"cuda:{number}" for number in range(wanted)]
 
 
 def knn_auroc(recipe: Recipe, backbone: nn.Module, shards: Sequence[Shard]) -> dict[str, float]:

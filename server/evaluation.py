@@ -92,9 +92,9 @@ def make_request(
     model_path: Path, probe_data: Path | None, last_blocks: int, neighbours: int
 ) -> tuple[EvaluationRequest, Arrays]:
     """Load the model and fit the evaluator's probes, one a modality of its labelled images."""
+    from core.device import resolve_device
     from core.evaluation.shared_probe import fit_shared_probe, probe_arrays, site_tasks
     from core.export import load_model
-    from core.site_round import resolve_device
 
     model = load_model(model_path, resolve_device("auto"))
     state = model.backbone.state_dict()

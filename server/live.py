@@ -5,6 +5,7 @@ RUN/live.json
   phase, since    one of PHASES, and when it began
   deadline        when the phase ends at the latest; null where it has no end
   beat_seconds    so often the file is written in this phase, whatever happens; null: not promised
+  steps           of pretraining on phantoms, before round 1: done, of how many; else null
   written         when it was written last
   sites           site -> state (one of STATES), since, reason
 Times are Unix seconds. A server that was killed leaves its last word: whether it lives is told by
@@ -32,7 +33,7 @@ LOG = logging.getLogger("fedmermed.server")
 FILE: Final = "live.json"
 WRITE_SECONDS: Final = 0.5
 PHASES: Final = (
-    "starting", "waiting for sites", "training", "screening", "aggregating",
+    "starting", "pretraining", "waiting for sites", "training", "screening", "aggregating",
     "finished", "failed", "stopped",
 )  # fmt: skip
 ENDED: Final = frozenset({"finished", "failed", "stopped"})
@@ -81,6 +82,13 @@ class Live:
             "phase": phase, "since": now, "deadline": deadline, "beat_seconds": beat_seconds,
         }  # fmt: skip
         self._write()
+
+    def pretraining(self, done: int, steps: int) -> None:
+        """So many steps on phantoms are done; the first call, with none, begins the phase."""
+        if self._phase["phase"] != "pretraining":
+            self._phase = {"phase": "pretraining", "since": time.time()}
+        self._phase["steps"], self._changed = (done, steps), True
+        self.beat()
 
     def site(self, name: str, state: str, reason: str = "") -> None:
         """A site's state, written with the next beat."""
@@ -142,6 +150,7 @@ def read_live(run: Path) -> dict[str, Any] | None:
         }
         for name in ("deadline", "beat_seconds"):
             found[name] = None if facts.get(name) is None else _time(facts[name])
+        found["steps"] = None if facts.get("steps") is None else _steps(*facts["steps"])
     except (
         OSError,
         ValueError,
@@ -159,6 +168,12 @@ def _time(value: Any) -> float:
     if not 0 <= float(value) < 1e11:
         raise ValueError(f"{value} is no time")
     return float(value)
+
+
+def _steps(done: Any, steps: Any) -> tuple[int, int]:
+    if not 0 <= int(done) <= int(steps):
+        raise ValueError(f"{done} of {steps} steps")
+    return int(done), int(steps)
 
 
 def _one_of(words: tuple[str, ...], word: Any) -> str:

@@ -82,6 +82,10 @@ class Overview:
     """Of the round that runs; empty if none does."""
     since: float | None
     deadline: float | None
+    steps: tuple[int, int] | None
+    """Of pretraining on phantoms, before round 1: done, of how many."""
+    steps_left: float | None
+    """Seconds that the rest of them take, about."""
     written: float | None
     """When the server was last heard of."""
     round: int

@@ -83,6 +83,10 @@ class OverviewReader:
         if typical is not None and running and live is not None:
             begun = now - live["since"] if live["round"] > tally.rounds else 0.0
             left = max(typical * (federation.rounds - tally.rounds) - min(begun, typical), 0.0)
+        steps = live["steps"] if running and live else None
+        steps_left = None
+        if steps and steps[0] and live:
+            steps_left = (live["written"] - live["since"]) * (steps[1] / steps[0] - 1)
         facts = Facts(
             state=state, words=words, live=live if running else None, now=now, run=run,
             recipe=self._recipe, tally=tally, holds=holds,
@@ -98,6 +102,8 @@ class OverviewReader:
             phase=live["phase"] if running and live else "",
             since=live["since"] if live else None,
             deadline=live["deadline"] if running and live else None,
+            steps=steps,
+            steps_left=steps_left,
             written=live["written"] if live else None,
             round=max(tally.rounds, live["round"] if live else 0),
             rounds_done=tally.rounds,

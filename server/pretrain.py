@@ -37,9 +37,9 @@ def pretrain_file(
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     try:
+        from core.device import resolve_device
         from core.export import export_teacher
         from core.pretrain import Pretraining, pretrain
-        from core.site_round import resolve_device
         from core.train import network_arrays
     except ModuleNotFoundError as error:
         raise UserError(

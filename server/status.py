@@ -77,7 +77,12 @@ def _head(view: Overview) -> Text:
         end = time.localtime(view.now + view.seconds_left)
         text.append(f", about {duration(view.seconds_left)} left")
         text.append(time.strftime(" (%a %d %b %H:%M)", end))
-    if view.phase and view.since is not None:
+    if view.steps:
+        done, steps = view.steps
+        text.append(f"\nbefore round 1: step {done:,} of {steps:,} of pretraining on phantoms")
+        if view.steps_left is not None:
+            text.append(f", about {duration(view.steps_left)} more")
+    elif view.phase and view.since is not None:
         text.append(f"\nround {view.round}: {view.phase} for {duration(view.now - view.since)}")
         if view.deadline is not None:
             text.append(f", at most {duration(view.deadline - view.now)} more")

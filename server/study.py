@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -56,7 +57,7 @@ def run_study(
             strategy = FederatedMemory(
                 recipe,
                 run,
-                run.load(lambda: initial_state(recipe)),
+                run.load(lambda: initial_state(recipe, live.pretraining)),
                 expect_sites,
                 registered,
             )
@@ -94,9 +95,17 @@ def note_plan(run_dir: Path, recipe: Recipe) -> None:
     write_json(file, {EPSILON: planned, "delta": recipe.privacy.delta})
 
 
-def initial_state(recipe: Recipe) -> GlobalState:
-    """The state of round 0, the only thing for which a server needs torch."""
+def initial_state(
+    recipe: Recipe, on_steps: Callable[[int, int], None] = lambda done, steps: None
+) -> GlobalState:
+    """The state of round 0, the only thing for which a server needs torch.
+
+    Args:
+        recipe: The study.
+        on_steps: Called with steps of pretraining done and asked for, with none before the first.
+    """
     try:
+        from core.device import resolve_device
         from core.initial import initial_state as make
     except ModuleNotFoundError as error:
         raise UserError(
@@ -107,12 +116,14 @@ def initial_state(recipe: Recipe) -> GlobalState:
     steps, done = recipe.model.phantom_steps, itertools.count(1)
     if steps:
         LOG.info("pretraining on phantoms: drawing them, then %d steps", steps)
+        on_steps(0, steps)
 
     def on_step(loss: float) -> None:
-        if (number := next(done)) % TOLD_STEPS == 0 or number == steps:
+        on_steps(number := next(done), steps)
+        if number % TOLD_STEPS == 0 or number == steps:
             LOG.info(
                 "pretraining on phantoms: step %d of %d, loss %.3f", number, steps, loss,
                 extra={"pretrained": (number, steps)},
             )  # fmt: skip
 
-    return make(recipe, on_step)
+    return make(recipe, on_step, device=resolve_device("auto"))

@@ -149,8 +149,9 @@ def _measure(
     """Score the final model as the sites do: kNN AUROC, averaged over a modality's sites."""
     if not data or not recipe.evaluation.every_rounds:
         return {}
+    from core.device import resolve_device
     from core.export import load_model
-    from core.site_round import knn_auroc, resolve_device
+    from core.site_round import knn_auroc
 
     backbone = load_model(model, resolve_device("auto")).backbone
     found: dict[str, list[float]] = {}

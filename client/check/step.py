@@ -21,12 +21,12 @@ from client.check.training import Measured
 from client.site import SiteConfig, load_site
 from core.checkpoint import read_json, write_json
 from core.config import Recipe, recipe_from_json
-from core.device import uses_bf16
+from core.device import resolve_devices, uses_bf16
 from core.errors import UserError
 from core.evaluate import extract, labelled_tasks
 from core.shards import Shard
 from core.site_data import SiteData
-from core.site_round import resolve_devices, usual_of
+from core.site_round import usual_of
 from core.sites import open_site
 from core.step import TrainState
 from core.step_memory import step_memory

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from core.device import resolve_device
 from core.errors import UserError
 from core.evaluation.files import open_data, read_columns, training_images, write_evaluation
 from core.evaluation.models import open_model
 from core.evaluation.run import Settings, checked_tasks, evaluate
 from core.evaluation.tables import auroc_table, headline, methods
 from core.evaluation.words import METHODS
-from core.site_round import resolve_device
 
 
 def make_report(
@@ -30,7 +30,7 @@ def make_report(
         out: directory for the report.
         settings: how to measure.
         subgroups: CSV for `core.evaluation.files.read_columns`.
-        device: for `core.site_round.resolve_device`.
+        device: for `core.device.resolve_device`.
     """
     device = resolve_device(device)
     console = Console(stderr=True)

@@ -19,9 +19,9 @@ from client.rounds import Request, _shared, answer
 from client.site import SiteConfig, load_site
 from core.checkpoint import load_arrays, save_arrays, write_json
 from core.config import recipe_from_json
+from core.device import resolve_devices
 from core.errors import UserError
 from core.initial import initial_state
-from core.site_round import resolve_devices
 
 STUDY = "ab" * 16
 ROOT = Path(__file__).parents[2]

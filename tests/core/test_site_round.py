@@ -7,13 +7,14 @@ import torch
 
 from core.checkpoint import load_arrays, save_arrays
 from core.config import Recipe
+from core.device import resolve_device
 from core.errors import UserError
 from core.export import export_teacher
 from core.initial import initial_state
 from core.modalities import MODALITIES
 from core.phantoms import make_phantoms
 from core.site_data import SiteData
-from core.site_round import resolve_device, site_round
+from core.site_round import site_round
 from core.wire import GlobalState, metric_is_declared
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -48,7 +48,16 @@ def test_of_a_file_that_somebody_else_wrote_only_the_known_names_are_read(tmp_pa
     found = read_live(tmp_path)
     assert found.pop("sites") == {"a": {"state": "asked", "since": 1.0, "reason": " [31m"}}
     assert set(found) == {"round", "rounds", "phase", "since", "written", "deadline",
-                          "beat_seconds"}  # fmt: skip
+                          "beat_seconds", "steps"}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [[7, 3], [-1, 3], [1], 12, [1, "x"]])
+def test_steps_that_cannot_be_are_as_no_file(tmp_path, steps):
+    Live(tmp_path, 9).pretraining(1, 3)
+    assert read_live(tmp_path)["steps"] == (1, 3)
+    facts = json.loads((tmp_path / "live.json").read_text())
+    (tmp_path / "live.json").write_text(json.dumps(facts | {"steps": steps}))
+    assert read_live(tmp_path) is None
 
 
 @pytest.mark.parametrize(

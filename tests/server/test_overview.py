@@ -17,6 +17,7 @@ from server.__main__ import main
 from server.history import open_run
 from server.live import Live
 from server.overview_reader import OverviewReader
+from server.page.view import StudyView
 from server.status import picture, show_status
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
@@ -148,6 +149,26 @@ def test_a_server_that_hangs_is_an_alarm(run):
         facts = json.loads((run / "live.json").read_text())
         write_json(run / "live.json", facts | {"written": time.time() - 90})
         assert kinds(look(run)) == [("act", "server", "")]
+
+
+def test_pretraining_is_told_by_its_steps_and_the_time_that_the_others_take(run):
+    with served(run) as live:
+        live.pretraining(0, 6400)
+        view = look(run)
+        assert (view.state, view.phase) == ("running", "pretraining")
+        assert (view.steps, view.steps_left) == ((0, 6400), None)
+        facts, now = json.loads((run / "live.json").read_text()), time.time()
+        told = {"since": now - 100, "written": now, "steps": [1600, 6400]}
+        write_json(run / "live.json", facts | told)
+        assert look(run).steps_left == pytest.approx(300)
+        words = " ".join(drawn(run, width=200).split())
+        assert "before round 1: step 1,600 of 6,400 of pretraining on phantoms" in words
+        assert "about 5 min more" in words
+        shown = StudyView(run).look().parts["head"].html
+        assert "step 1,600 of 6,400 of pretraining on phantoms, about 5 min more" in shown
+        live.phase("waiting for sites")
+        assert (look(run).steps, look(run).steps_left) == (None, None)
+        assert "phantoms" not in drawn(run)
 
 
 def test_the_server_before_does_not_speak_for_the_one_that_starts(run):

@@ -77,6 +77,9 @@ def test_pretraining_says_that_it_begins_before_it_draws(make_recipe, caplog):
         initial_state(recipe)
         assert caplog.messages == []
         model = recipe.model.model_copy(update={"phantom_steps": 1})
-        initial_state(recipe.model_copy(update={"model": model}))
+        steps = []
+        begun = recipe.model_copy(update={"model": model})
+        initial_state(begun, lambda *counts: steps.append((*counts, len(caplog.messages))))
+    assert steps == [(0, 1, 1), (1, 1, 1)]  # the first word before the first step
     assert caplog.messages[0] == "pretraining on phantoms: drawing them, then 1 steps"
     assert caplog.records[-1].pretrained == (1, 1)
