@@ -7,8 +7,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scenario_cells import Arms, figures
 from scenario_compare import MEAN
-from scenario_tables import Arms, figures
 
 # Okabe and Ito's blue and vermilion, told apart by all common kinds of colour vision.
 SEED, APART, NEAR = "#767676", "#D55E00", "#0072B2"

@@ -14,57 +14,47 @@ another figure than the study's.
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from scenario_cells import (
+    Arm,
+    Arms,
+    by_arm_and_modality,
+    difference,
+    differences_of,
+    figures,
+    markdown,
+    seeds_of,
+    shown,
+    with_spread,
+)
 from scenario_compare import MEAN
 
 from core.checkpoint import read_json, write_atomically
 from core.errors import UserError
-from core.modalities import MODALITIES, TITLES
+from core.modalities import TITLES
 
 RESULTS: Final = Path(__file__).resolve().with_name("scenarios.json")
 TRIED: Final = RESULTS.with_name("competitors.json")
 TABLE: Final = re.compile(r"<!-- table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
-Arm = Mapping[str, Any]
-"""Seed -> what its job found; "less_ours", "per_doubling" and the like -> modality -> difference,
-low, high, p."""
-Arms = Mapping[str, Arm]
-"""Arm -> its results, of one scenario and length."""
-
-
-def seeds_of(arm: Arm) -> list[Any]:
-    """What the jobs found, in the order of their seeds."""
-    return [arm[seed] for seed in sorted((key for key in arm if key.isdigit()), key=int)]
-
-
-def figures(arm: Arm, moment: str, figure: str = "auroc") -> dict[str, list[float]]:
-    """Modality, and MEAN -> a figure by seed; empty where a seed lacks it."""
-    rows = [row.get(moment, {}) for row in seeds_of(arm)]
-    if not rows or any(figure not in cell for row in rows for cell in row.values()):
-        return {}
-    names = [m for m in MODALITIES if all(m in row for row in rows)]
-    if not names:
-        return {}
-    found = {m: [float(row[m][figure]) for row in rows] for m in names}
-    return {**found, MEAN: [float(v) for v in np.mean([*found.values()], axis=0)]}
 
 
 def probe(arms: Arms) -> str:
     """AUROC of the probe, and the mean's difference to ours."""
-    return _by_modality(arms, "end", "less_ours")
+    return by_arm_and_modality(arms, "end", "less_ours")
 
 
 def standard(arms: Arms) -> str:
     """The same of class and mean patch tokens, not mirrored."""
-    return _by_modality(arms, "end_standard", "less_ours_standard")
+    return by_arm_and_modality(arms, "end_standard", "less_ours_standard")
 
 
 def votes(arms: Arms) -> str:
     """Accuracy of a vote of neighbours."""
-    return _by_modality(arms, "end", "", figure="knn_accuracy")
+    return by_arm_and_modality(arms, "end", "", figure="knn_accuracy")
 
 
 def means(arms: Arms) -> str:
@@ -73,7 +63,7 @@ def means(arms: Arms) -> str:
     for name, arm in arms.items():
         cells = []
         for moment, less in (("end", "less_ours"), ("end_standard", "less_ours_standard")):
-            cells += [with_spread(figures(arm, moment).get(MEAN, ())), _difference(arm, less)]
+            cells += [with_spread(figures(arm, moment).get(MEAN, ())), difference(arm, less)]
         vote = with_spread(figures(arm, "end", "knn_accuracy").get(MEAN, ()))
         tuned = all(job["tuned"] for job in seeds_of(arm))
         rows.append([name if tuned else f"{name} (not tuned)", *cells, vote])
@@ -88,8 +78,8 @@ def early(arms: Arms) -> str:
             name,
             with_spread(figures(arm, "end")[MEAN]),
             with_spread(figures(arm, "end_early")[MEAN]),
-            _difference(arm, "early_less_probe"),
-            _difference(arm, "early_less_hand_made"),
+            difference(arm, "early_less_probe"),
+            difference(arm, "early_less_hand_made"),
         ]
         for name, arm in arms.items()
         if "early_less_probe" in arm
@@ -100,37 +90,37 @@ def early(arms: Arms) -> str:
 
 def by_modality(arms: Arms) -> str:
     """Each arm less ours in every modality."""
-    return _differences(arms, "less_ours", "less ours [95 %]")
+    return differences_of(arms, "less_ours", "less ours [95 %]")
 
 
 def over_hand_made(arms: Arms) -> str:
     """Each arm less hand-made features in every modality, and in their mean."""
-    return _differences(arms, "less_hand_made", "less hand-made [95 %]", MEAN)
+    return differences_of(arms, "less_hand_made", "less hand-made [95 %]", MEAN)
 
 
 def over_no_memory(arms: Arms) -> str:
     """Ours from random weights less FedAvg without a memory from the same."""
-    return _differences(arms, "less_no_memory", "less no_memory_without_start [95 %]", MEAN)
+    return differences_of(arms, "less_no_memory", "less no_memory_without_start [95 %]", MEAN)
 
 
 def over_extreme(arms: Arms) -> str:
     """Each arm, or scenario, less the same where every modality is at one site, with all images."""
-    return _differences(arms, "less_extreme", "less `extreme` [95 %]", MEAN)
+    return differences_of(arms, "less_extreme", "less `extreme` [95 %]", MEAN)
 
 
 def growth(arms: Arms) -> str:
     """How much a start's AUROC grows when it learns from phantoms for twice as many steps."""
-    return _differences(arms, "per_doubling", "for twice as many steps [95 %]", MEAN)
+    return differences_of(arms, "per_doubling", "for twice as many steps [95 %]", MEAN)
 
 
 def width_growth(arms: Arms) -> str:
     """How much a start's AUROC grows when its network has twice as many weights."""
-    return _differences(arms, "per_weights_doubling", "for twice as many weights [95 %]", MEAN)
+    return differences_of(arms, "per_weights_doubling", "for twice as many weights [95 %]", MEAN)
 
 
 def data_growth(arms: Arms) -> str:
     """How much an arm's AUROC grows when each site has twice as many patients."""
-    return _differences(arms, "per_data_doubling", "for twice as many patients [95 %]", MEAN)
+    return differences_of(arms, "per_data_doubling", "for twice as many patients [95 %]", MEAN)
 
 
 def change(arms: Arms) -> str:
@@ -141,7 +131,7 @@ def change(arms: Arms) -> str:
         for m, cells in arm.get("change", {}).items():
             if m in TITLES:
                 before, after = (f"{np.mean(part[m]):.3f}" for part in (half, end))
-                rows.append([name, TITLES[m], before, after, _shown(cells)])
+                rows.append([name, TITLES[m], before, after, shown(cells)])
         if "change" in arm:
             others = f"{np.mean(end[MEAN]):.3f}"
             rows.append([name, "all seven", f"{np.mean(half[MEAN]):.3f}", others, ""])
@@ -196,53 +186,6 @@ KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
     "over_no_memory": over_no_memory, "change": change, "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
-
-
-def _differences(arms: Arms, which: str, head: str, *means: str) -> str:
-    names = [m for m in MODALITIES if any(m in a.get(which, ()) for a in arms.values())]
-    rows = [
-        [name, *(_difference(arm, which, m) for m in (*names, *means))]
-        for name, arm in arms.items()
-        if which in arm
-    ]
-    return markdown([head, *(TITLES[m] for m in names), *means], rows)
-
-
-def _by_modality(arms: Arms, moment: str, less: str, figure: str = "auroc") -> str:
-    found = {name: figures(arm, moment, figure) for name, arm in arms.items()}
-    names = [m for m in MODALITIES if any(m in rows for rows in found.values())]
-    rows = []
-    for name, row in found.items():
-        if row:
-            cells = [with_spread(row.get(m, ())) for m in names]
-            cells += [with_spread(row[MEAN]), *([_difference(arms[name], less)] if less else [])]
-            rows.append([name, *cells])
-    heads = ["arm", *(TITLES[m] for m in names), "mean"]
-    return markdown(heads + (["less ours [95 %]"] if less else []), rows)
-
-
-def _difference(arm: Arm, which: str, modality: str = MEAN) -> str:
-    cells = arm.get(which, {}).get(modality)
-    return _shown(cells) if cells else ""
-
-
-def _shown(cells: Sequence[float]) -> str:
-    difference, low, high, _ = cells
-    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def with_spread(values: Sequence[float]) -> str:
-    """The mean and the largest distance from it."""
-    if not len(values):
-        return ""
-    spread = f" ± {np.max(np.abs(values - np.mean(values))):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def filled(page: str, results: Mapping[str, Any]) -> str:

@@ -13,7 +13,14 @@ from core.shards import write_shard
 IN_ORDER = (
     *("federation_loop", "our_arms", "competitor_step", "competitor_dino", "competitor_mae"),
     *("competitor_fedema", "competitors", "real_images", "scenario_sites", "scenario_measure"),
-    *("scenario_compare", "scenario_tables", "scenario_jobs", "scenario_run", "scenario_plot"),
+    *(
+        "scenario_compare",
+        "scenario_cells",
+        "scenario_tables",
+        "scenario_jobs",
+        "scenario_run",
+        "scenario_plot",
+    ),
     "scenarios",
 )
 """Each imports only what stands before it."""
