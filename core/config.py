@@ -59,9 +59,11 @@ class ModelConfig(Strict):
     to rounding."""
 
     @model_validator(mode="after")
-    def _one_start(self) -> Self:
+    def _can_start(self) -> Self:
         if self.init_file and self.phantom_steps:
             raise ValueError("'init_file' and 'phantom_steps' are two starts: give one of them")
+        if self.phantoms == 1:
+            raise ValueError("'phantoms' must be 2 or more, or 0: one picture tells no deviation")
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,8 @@ def test_every_recipe_loads_and_survives_the_wire(path: Path) -> None:
         ("seed = = 1", "not valid TOML"),
         ('[model]\nbackbone = "hf-hub:timm/vit_tiny"', "must be a plain timm name"),
         ('[model]\ninit_file = "a"\nphantom_steps = 3', "are two starts: give one of them"),
+        ("[model]\nphantoms = 1", "'phantoms' must be 2 or more, or 0"),
+        ("[model]\nphantom_batch = 6", "model.phantom_batch"),
         ("[model]\noptions = { pretrained = true }", "option 'pretrained' is not allowed"),
         ('[model]\noptions = { checkpoint_path = "a" }', "option 'checkpoint_path' is not"),
     ],
