@@ -72,7 +72,10 @@ def means(arms: Arms) -> str:
 
 
 def early(arms: Arms) -> str:
-    """The probe that also reads the tokens before the first block, beside the one that does not."""
+    """The probe that also reads the tokens before the first block, beside the one that does not.
+
+    Arms of which a seed lacks it are left out.
+    """
     rows = [
         [
             name,
@@ -82,7 +85,7 @@ def early(arms: Arms) -> str:
             difference(arm, "early_less_hand_made"),
         ]
         for name, arm in arms.items()
-        if "early_less_probe" in arm
+        if figures(arm, "end_early") and "early_less_probe" in arm
     ]
     heads = ["arm", "probe", "with earlier tokens", "less the probe [95 %]"]
     return markdown([*heads, "less hand-made [95 %]"], rows)

@@ -60,6 +60,9 @@ def test_each_arm_is_held_against_hand_made_features_in_every_modality(bench, st
     (line,) = bench.scenario_tables.early(rows).splitlines()[2:]
     assert line.split()[1:6:2] == ["init", f"{init:.3f}", f"{early:.3f}"]
     assert f" {early - hand_made:+.3f} " in line
+    older = {key: cell for key, cell in rows["init"]["0"].items() if key != "end_early"}
+    rows["init"]["1"] = older  # measured before that probe was
+    assert len(bench.scenario_tables.early(rows).splitlines()) == 2
 
 
 def test_ours_from_random_weights_is_held_against_fedavg_from_the_same(bench, study, hospitals):
