@@ -102,8 +102,8 @@ def follow(
     rounds, steps = recipe.federation.rounds, recipe.model.phantom_steps
     if steps and not (run_dir / "round-0000.safetensors").exists():
         LOG.info(
-            "round 1 waits for %d steps of pretraining on phantoms; logs/apps.log of the "
-            "coordinator's directory has how far they are", steps,
+            "round 1 waits for %d steps of pretraining on phantoms; 'fedmermed-server status %s' "
+            "has how far they are", steps, run_dir,
         )  # fmt: skip
     watch = _Watch(run_dir, told=len(read_history(run_dir)))
     while True:

@@ -84,8 +84,11 @@ class Live:
         self._write()
 
     def pretraining(self, done: int, steps: int) -> None:
-        """So many steps on phantoms are done; the first call, with none, begins the phase."""
-        if self._phase["phase"] != "pretraining":
+        """So many steps on phantoms are done; the first call, with none, begins the phase.
+
+        It begins anew with the first step: until then phantoms are drawn, which tells no rate.
+        """
+        if done <= 1:
             self._phase = {"phase": "pretraining", "since": time.time()}
         self._phase["steps"], self._changed = (done, steps), True
         self.beat()

@@ -85,8 +85,9 @@ class OverviewReader:
             left = max(typical * (federation.rounds - tally.rounds) - min(begun, typical), 0.0)
         steps = live["steps"] if running and live else None
         steps_left = None
-        if steps and steps[0] and live:
-            steps_left = (live["written"] - live["since"]) * (steps[1] / steps[0] - 1)
+        if steps and steps[0] > 1 and live:
+            a_step = (live["written"] - live["since"]) / (steps[0] - 1)  # since the first
+            steps_left = a_step * (steps[1] - steps[0])
         facts = Facts(
             state=state, words=words, live=live if running else None, now=now, run=run,
             recipe=self._recipe, tally=tally, holds=holds,

@@ -51,6 +51,15 @@ def test_of_a_file_that_somebody_else_wrote_only_the_known_names_are_read(tmp_pa
                           "beat_seconds", "steps"}  # fmt: skip
 
 
+def test_pretraining_counts_from_its_first_step_and_not_from_the_drawing_before(tmp_path, told):
+    now, since = Live(tmp_path, 9), []
+    for done in (0, 1, 2):
+        now.pretraining(done, 5)
+        since.append(read_live(tmp_path)["since"])
+        time.sleep(0.02)
+    assert since[0] < since[1] == since[2]
+
+
 @pytest.mark.parametrize("steps", [[7, 3], [-1, 3], [1], 12, [1, "x"]])
 def test_steps_that_cannot_be_are_as_no_file(tmp_path, steps):
     Live(tmp_path, 9).pretraining(1, 3)

@@ -158,9 +158,11 @@ def test_pretraining_is_told_by_its_steps_and_the_time_that_the_others_take(run)
         assert (view.state, view.phase) == ("running", "pretraining")
         assert (view.steps, view.steps_left) == ((0, 6400), None)
         facts, now = json.loads((run / "live.json").read_text()), time.time()
+        write_json(run / "live.json", facts | {"steps": [1, 6400]})
+        assert look(run).steps_left is None  # one step tells no rate
         told = {"since": now - 100, "written": now, "steps": [1600, 6400]}
         write_json(run / "live.json", facts | told)
-        assert look(run).steps_left == pytest.approx(300)
+        assert look(run).steps_left == pytest.approx(300, rel=0.01)
         words = " ".join(drawn(run, width=200).split())
         assert "before round 1: step 1,600 of 6,400 of pretraining on phantoms" in words
         assert "about 5 min more" in words
