@@ -2,7 +2,7 @@
 
 python benchmarks/scenario_start.py RECIPE.toml STEPS DEVICE SEED OPTIONS FILE.safetensors
 OPTIONS are the backbone's, in JSON. A study of the same recipe with these, phantom steps and seed
-has the same file: RUN/round-0000.safetensors.
+has the same file: RUN/round-0000.safetensors. Killed and run again it goes on where it was.
 """
 
 import json
@@ -21,8 +21,9 @@ def main() -> None:
     recipe_file, steps, device, seed, options, out = sys.argv[1:]
     recipe = load_recipe(Path(recipe_file)).model_copy(update={"seed": int(seed)})
     recipe = changed(recipe, model={"phantom_steps": int(steps), "options": json.loads(options)})
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_arrays(Path(out), initial_state(recipe, device=device).to_arrays())
+    keep = Path(f"{out}.pretraining")
+    save_arrays(Path(out), initial_state(recipe, device=device, keep=keep).to_arrays())
+    keep.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -23,20 +23,27 @@ def run_command_line(app: Callable[[], object]) -> None:
 @contextmanager
 def counting(
     console: Console, description: str, total: int, *, transient: bool = False
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[..., None]]:
     """A progress bar that an exception ends at once, as `rich.progress.track` does not.
 
     That one lives in a generator: what is raised in its loop leaves it to the garbage collector,
     which may end it in the middle of another line of the console, and wait there for ever.
 
     Yields:
-        What to call after each of the `total` things.
+        What to call after each of the `total` things, with how many are done where that is known.
     """
     from rich.progress import Progress
 
     with Progress(console=console, transient=transient) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+
+        def one_done(done: int | None = None) -> None:
+            if done is None:
+                bar.advance(task)
+            else:
+                bar.update(task, completed=done)
+
+        yield one_done
 
 
 def new_app(help_text: str) -> typer.Typer:

@@ -1,6 +1,5 @@
 """The released form of a model: the teacher's backbone alone, under timm's names."""
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,8 +113,7 @@ def _arguments(config: ModelConfig, px: int) -> dict[str, Any]:
 
 def _from_recipe(recipe: Recipe, device: str, on_step: Counted | None) -> Model:
     backbone = create_backbone(recipe.model, recipe.views.global_px)
-    steps, done = recipe.model.phantom_steps, itertools.count(1)
-    told = (lambda loss: on_step(next(done), steps)) if on_step else None
+    told = (lambda done, steps, loss: on_step(done, steps)) if on_step else None
     teacher = initial_state(recipe, told, device=device).teacher
     weights = {n.removeprefix(BACKBONE): a for n, a in teacher.items() if n.startswith(BACKBONE)}
     backbone.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})

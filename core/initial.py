@@ -1,6 +1,5 @@
 """The global state before the first round."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -12,21 +11,26 @@ from core.checkpoint import load_arrays
 from core.config import Recipe
 from core.errors import UserError
 from core.randomness import torch_generator
-from core.train import network_arrays
+from core.train import OnStep, network_arrays
 from core.wire import TEACHER, GlobalState, take
 
 POSITION = f"{BACKBONE}pos_embed"
 
 
 def initial_state(
-    recipe: Recipe, on_step: Callable[[float], None] | None = None, *, device: str = "cpu"
+    recipe: Recipe,
+    on_step: OnStep | None = None,
+    *,
+    device: str = "cpu",
+    keep: Path | None = None,
 ) -> GlobalState:
     """The state before round 1: drawn, pretrained on phantoms, or read from `model.init_file`.
 
     Args:
         recipe: The study.
-        on_step: Progress of `model.phantom_steps`, called with the loss after each.
+        on_step: Progress of `model.phantom_steps`.
         device: Where it pretrains, a torch device name; the state is on the CPU.
+        keep: What pretraining goes on from if it is killed, as for `core.pretrain.pretrain`.
 
     Raises:
         UserError: the init file does not fit the backbone, or it cannot be pretrained.
@@ -35,7 +39,7 @@ def initial_state(
         from core.pretrain import Pretraining, pretrain
 
         settings = Pretraining.of(recipe)
-        network = pretrain(recipe, settings, device=device, on_step=on_step)
+        network = pretrain(recipe, settings, device=device, on_step=on_step, keep=keep)
     else:
         network = Network.of(recipe)
         initialise(network, torch_generator(recipe.seed, "initial"))

@@ -1,10 +1,11 @@
-"""AdamW in groups of layer and decay, and the clipping of gradients."""
+"""AdamW in groups of layer and decay, its moments as arrays, and the clipping of gradients."""
 
 from collections.abc import Sequence
 
 import torch
 
 from core.backbone import Network
+from core.checkpoint import Arrays
 from core.config import Recipe
 
 
@@ -23,6 +24,24 @@ def make_optimizer(student: Network, recipe: Recipe) -> torch.optim.AdamW:
         groups.setdefault((scale, decays), []).append(parameter)
     table = [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
     return torch.optim.AdamW(table, lr=0.0, weight_decay=0.0, fused=True)
+
+
+def moment_arrays(optimizer: torch.optim.Optimizer, network: Network) -> Arrays:
+    """What AdamW knows of each weight, by kind and the weight's name; nothing before a step."""
+    return {
+        f"optimizer/{moment}/{name}": value.cpu().numpy()
+        for name, parameter in network.named_parameters()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, network: Network, arrays: Arrays) -> None:
+    """The inverse of `moment_arrays`; without arrays nothing changes."""
+    for name, parameter in network.named_parameters():
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            if (array := arrays.get(f"optimizer/{moment}/{name}")) is not None:
+                moments = optimizer.state[parameter]
+                moments[moment] = torch.from_numpy(array.copy()).to(parameter.device)
 
 
 def clip_each(parameters: Sequence[torch.nn.Parameter], limit: float) -> None:

@@ -5,9 +5,12 @@ The coordinator does it once, before a study; `model.init_file` hands the result
 """
 
 import copy
+import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self, cast
 
 import numpy as np
@@ -21,8 +24,10 @@ from core.description import USUAL_PICTURES, Description
 from core.device import uses_bf16
 from core.optimizer import clip_each
 from core.phantoms import draw_pictures
+from core.pretrain_state import PretrainState
 from core.randomness import torch_generator
 from core.sampling import batch_share, draw
+from core.train import OnStep
 
 USUAL_BATCH = 14
 
@@ -58,7 +63,8 @@ def pretrain(
     settings: Pretraining,
     *,
     device: str = "cpu",
-    on_step: Callable[[float], None] | None = None,
+    on_step: OnStep | None = None,
+    keep: Path | None = None,
 ) -> Network:
     """Train the recipe's backbone to describe phantoms; the same seed draws the same pictures.
 
@@ -66,14 +72,18 @@ def pretrain(
         recipe: backbone, view size and augmentation, precision, seed.
         settings: the rest.
         device: a torch device name, from `resolve_device`.
-        on_step: progress, called with the loss after each step.
+        on_step: progress, called after each step.
+        keep: a file that has every minute what was learnt until then. A call that finds it, with
+            the same recipe and settings, goes on from there, to the same bits; who called removes
+            it once the result is safe.
 
     Returns:
         The network on the CPU, averaged over the steps; its projection head is as it was drawn, and
         the describing heads are there if the recipe goes on with them.
 
     Raises:
-        UserError: the backbone has no class token, or its patches form no square grid.
+        UserError: the backbone has no class token, or its patches form no square grid,
+            or what was kept is damaged.
     """
     place = torch.device(device)
     network = _start(recipe).to(place)
@@ -88,8 +98,12 @@ def pretrain(
         name: description.usual(images[:USUAL_PICTURES], views.global_px)
         for name, images in pictures.items()
     }
+    first, state = 0, None
+    if keep is not None:
+        state = PretrainState(keep, _name(recipe, settings), network, averaged, optimizer)
+        first = state.load()
     highest = settings.learning_rate * math.sqrt(settings.batch_size / USUAL_BATCH)
-    for step in range(settings.steps):
+    for step in range(first, settings.steps):
         draws = torch_generator(recipe.seed, "pretrain", step)
         shown = {}
         for index, (name, images) in enumerate(pictures.items()):
@@ -114,11 +128,19 @@ def pretrain(
         moved = (1 - settings.ema_momentum) * (1 + math.cos(math.pi * step / settings.steps)) / 2
         with torch.no_grad():
             torch._foreach_lerp_(smooth, list[Tensor](own), moved)
+        done = step + 1
+        if state is not None:
+            state.save(done, last=done == settings.steps)
         if on_step is not None:
-            on_step(float(loss.detach()))
+            on_step(done, settings.steps, float(loss.detach()))
     if recipe.loss.description_weight == 0:
         averaged.description = None
     return averaged.cpu()
+
+
+def _name(recipe: Recipe, settings: Pretraining) -> str:
+    asked = json.dumps([recipe.to_json(), dataclasses.asdict(settings)])
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def _start(recipe: Recipe) -> Network:

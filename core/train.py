@@ -16,7 +16,7 @@ from core.config import Recipe
 from core.device import precision, to_device
 from core.memory import MemoryBank
 from core.modalities import MODALITIES
-from core.optimizer import clip_each, make_optimizer
+from core.optimizer import clip_each, load_moments, make_optimizer, moment_arrays
 from core.randomness import torch_generator
 from core.ranks import ALONE, Ranks
 from core.schedules import ema_momentum, learning_rate, weight_decay
@@ -55,10 +55,7 @@ def load_network(network: Network, arrays: Arrays) -> None:
 
 def private_arrays(state: TrainState, *, keep_memory: bool) -> Arrays:
     """What a site keeps on its disk between rounds: optimiser moments and memory."""
-    arrays: Arrays = {}
-    for name, parameter in state.student.named_parameters():
-        for moment, value in state.optimizer.state.get(parameter, {}).items():
-            arrays[f"optimizer/{moment}/{name}"] = value.cpu().numpy()
+    arrays = moment_arrays(state.optimizer, state.student)
     if keep_memory:
         arrays |= {f"memory/{name}": array for name, array in state.bank.to_arrays().items()}
     return arrays
@@ -66,11 +63,7 @@ def private_arrays(state: TrainState, *, keep_memory: bool) -> Arrays:
 
 def load_private(state: TrainState, arrays: Arrays) -> None:
     """The inverse of `private_arrays`; an empty dict leaves a fresh state."""
-    for name, parameter in state.student.named_parameters():
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            if (array := arrays.get(f"optimizer/{moment}/{name}")) is not None:
-                moments = state.optimizer.state[parameter]
-                moments[moment] = torch.from_numpy(array.copy()).to(parameter.device)
+    load_moments(state.optimizer, state.student, arrays)
     memory = {n.removeprefix("memory/"): a.copy() for n, a in arrays.items() if "memory/" in n}
     if memory:
         state.bank.load_arrays(memory)

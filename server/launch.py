@@ -229,10 +229,10 @@ def initialise(recipe: Recipe, run_dir: Path) -> Path:
     Raises:
         UserError: torch is not installed, or the directory holds another recipe.
     """
-    from server.study import initial_state, note_plan
+    from server.study import note_plan, open_state
 
     run = open_run(run_dir, recipe)
     with run.locked():
-        run.load(lambda: initial_state(recipe))
+        open_state(run, recipe)
         note_plan(run_dir, recipe)
     return run.checkpoint_path(0)

@@ -6,6 +6,7 @@ RUN/live.json
   deadline        when the phase ends at the latest; null where it has no end
   beat_seconds    so often the file is written in this phase, whatever happens; null: not promised
   steps           of pretraining on phantoms, before round 1: done, of how many; else null
+  first_step      of these that `since` counts from; null until it is done
   written         when it was written last
   sites           site -> state (one of STATES), since, reason
 Times are Unix seconds. A server that was killed leaves its last word: whether it lives is told by
@@ -86,10 +87,12 @@ class Live:
     def pretraining(self, done: int, steps: int) -> None:
         """So many steps on phantoms are done; the first call, with none, begins the phase.
 
-        It begins anew with the first step: until then phantoms are drawn, which tells no rate.
+        It begins anew with the first step that is done here: until then phantoms are drawn, which
+        tells no rate, and steps of an earlier server cost this one nothing.
         """
-        if done <= 1:
-            self._phase = {"phase": "pretraining", "since": time.time()}
+        if done == 0 or self._phase.get("first_step") is None:
+            first = done or None
+            self._phase = {"phase": "pretraining", "since": time.time(), "first_step": first}
         self._phase["steps"], self._changed = (done, steps), True
         self.beat()
 
@@ -153,7 +156,11 @@ def read_live(run: Path) -> dict[str, Any] | None:
         }
         for name in ("deadline", "beat_seconds"):
             found[name] = None if facts.get(name) is None else _time(facts[name])
-        found["steps"] = None if facts.get("steps") is None else _steps(*facts["steps"])
+        found["steps"] = found["first_step"] = None
+        if facts.get("steps") is not None:
+            found["steps"] = _steps(*facts["steps"])
+            if facts.get("first_step") is not None:
+                found["first_step"], _ = _steps(facts["first_step"], facts["steps"][0])
     except (
         OSError,
         ValueError,

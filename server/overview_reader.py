@@ -84,9 +84,9 @@ class OverviewReader:
             begun = now - live["since"] if live["round"] > tally.rounds else 0.0
             left = max(typical * (federation.rounds - tally.rounds) - min(begun, typical), 0.0)
         steps = live["steps"] if running and live else None
-        steps_left = None
-        if steps and steps[0] > 1 and live:
-            a_step = (live["written"] - live["since"]) / (steps[0] - 1)  # since the first
+        steps_left, first = None, live["first_step"] if live else None
+        if steps and first is not None and steps[0] > first and live:
+            a_step = (live["written"] - live["since"]) / (steps[0] - first)
             steps_left = a_step * (steps[1] - steps[0])
         facts = Facts(
             state=state, words=words, live=live if running else None, now=now, run=run,

@@ -21,6 +21,8 @@ def pretrain_file(
 ) -> str:
     """Pretrain a recipe's backbone on phantoms and write it; returns the file's sha256.
 
+    Killed and called again, it goes on where it was a minute before, from OUT.pretraining.
+
     Args:
         recipe_file: whose model, views and seed count; its `init_file` does not.
         out: an exported model (.safetensors), which `fedmermed-eval` measures too.
@@ -49,9 +51,13 @@ def pretrain_file(
     from core.wire import GlobalState
 
     settings = Pretraining(steps, phantoms, batch)
-    with counting(Console(stderr=True), "phantoms", steps, transient=True) as advance:
+    keep = out.with_name(f"{out.name}.pretraining")
+    with counting(Console(stderr=True), "phantoms", steps, transient=True) as count:
         network = pretrain(
-            recipe, settings, device=resolve_device(device), on_step=lambda _: advance()
-        )
+            recipe, settings, device=resolve_device(device), keep=keep,
+            on_step=lambda done, steps, loss: count(done),
+        )  # fmt: skip
     arrays = network_arrays(network)
-    return export_teacher(recipe, GlobalState(student={}, teacher=arrays), out)
+    digest = export_teacher(recipe, GlobalState(student={}, teacher=arrays), out)
+    keep.unlink(missing_ok=True)
+    return digest

@@ -47,7 +47,8 @@ class _Handler(logging.Handler):
         self._rounds, self._steps = recipe.federation.rounds, recipe.federation.local_steps
         self._round_steps = self._steps * sites
         self._first = self._done = done * self._round_steps
-        self._began = self._started = time.monotonic()
+        self._began = time.monotonic()
+        self._pretraining: tuple[int, float] | None = None
         total = self._rounds * self._round_steps
         self._task = bar.add_task(
             f"{recipe.name}", total=total, completed=self._done, visible=sites > 0
@@ -78,8 +79,11 @@ class _Handler(logging.Handler):
     def _pretrained(self, step: int, steps: int, text: str) -> None:
         now = time.monotonic()
         self._bar.update(self._phantoms, total=steps, completed=step, visible=step < steps)
+        # Timed from the first step that is told of: before it phantoms are drawn.
+        first, began = self._pretraining = self._pretraining or (step, now)
         if not self._bar.console.is_terminal:
-            self._say(text + told((now - self._started) / step * (steps - step)))
+            a_step = (now - began) / (step - first) if step > first else 0.0
+            self._say(text + told(a_step * (steps - step)))
         self._began = now  # of the rounds
 
     def _step(self, site: str, round_number: int, step: int, loss: float) -> None:

@@ -1,6 +1,5 @@
 """One study from its run directory: open or resume it, run the rounds that are left."""
 
-import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from core.config import Recipe
 from core.errors import UserError
 from core.privacy.accounting import epsilon, study_events
 from core.wire import EPSILON, GlobalState
-from server.history import open_run
+from server.history import Checkpoint, RunDirectory, open_run
 from server.live import Live
 from server.overview_reader import PLAN
 from server.release import finish_release
@@ -22,6 +21,8 @@ from server.strategy import FederatedMemory
 
 LOG = logging.getLogger("fedmermed.server")
 TOLD_STEPS: Final = 50
+PRETRAINING: Final = "pretraining.safetensors"
+OnSteps = Callable[[int, int], None]
 
 
 def run_study(
@@ -57,7 +58,7 @@ def run_study(
             strategy = FederatedMemory(
                 recipe,
                 run,
-                run.load(lambda: initial_state(recipe, live.pretraining)),
+                open_state(run, recipe, live.pretraining),
                 expect_sites,
                 registered,
             )
@@ -95,14 +96,31 @@ def note_plan(run_dir: Path, recipe: Recipe) -> None:
     write_json(file, {EPSILON: planned, "delta": recipe.privacy.delta})
 
 
+def open_state(
+    run: RunDirectory, recipe: Recipe, on_steps: OnSteps = lambda done, steps: None
+) -> Checkpoint:
+    """What the last round left; before round 1 its state is made, from where that was stopped.
+
+    Args:
+        run: The run directory, locked.
+        recipe: The study.
+        on_steps: As for `initial_state`.
+    """
+    keep = run.path / PRETRAINING
+    checkpoint = run.load(lambda: initial_state(recipe, on_steps, keep))
+    keep.unlink(missing_ok=True)
+    return checkpoint
+
+
 def initial_state(
-    recipe: Recipe, on_steps: Callable[[int, int], None] = lambda done, steps: None
+    recipe: Recipe, on_steps: OnSteps = lambda done, steps: None, keep: Path | None = None
 ) -> GlobalState:
     """The state of round 0, the only thing for which a server needs torch.
 
     Args:
         recipe: The study.
         on_steps: Called with steps of pretraining done and asked for, with none before the first.
+        keep: The file that pretraining goes on from if it is killed.
     """
     try:
         from core.device import resolve_device
@@ -113,17 +131,19 @@ def initial_state(
             "install fedmermed[site], or run 'fedmermed-server init RECIPE RUN' where they are and "
             "bring RUN here"
         ) from None
-    steps, done = recipe.model.phantom_steps, itertools.count(1)
+    steps, first = recipe.model.phantom_steps, True
     if steps:
         LOG.info("pretraining on phantoms: drawing them, then %d steps", steps)
         on_steps(0, steps)
 
-    def on_step(loss: float) -> None:
-        on_steps(number := next(done), steps)
-        if number % TOLD_STEPS == 0 or number == steps:
+    def on_step(done: int, steps: int, loss: float) -> None:
+        nonlocal first
+        on_steps(done, steps)
+        if first or done % TOLD_STEPS == 0 or done == steps:
             LOG.info(
-                "pretraining on phantoms: step %d of %d, loss %.3f", number, steps, loss,
-                extra={"pretrained": (number, steps)},
+                "pretraining on phantoms: step %d of %d, loss %.3f", done, steps, loss,
+                extra={"pretrained": (done, steps)},
             )  # fmt: skip
+        first = False
 
-    return make(recipe, on_step, device=resolve_device("auto"))
+    return make(recipe, on_step, device=resolve_device("auto"), keep=keep)

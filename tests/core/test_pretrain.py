@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 import core.pretrain
+import core.pretrain_state
 from core.config import ModelConfig
 from core.errors import UserError
 from core.evaluation.models import open_model
@@ -17,7 +19,7 @@ SHORT = Pretraining(steps=30, phantoms=12, batch_size=14, learning_rate=3e-3)
 
 def test_a_backbone_learns_to_describe_phantoms_better_than_what_is_usual(recipe) -> None:
     losses: list[float] = []
-    pretrain(recipe, SHORT, on_step=losses.append)
+    pretrain(recipe, SHORT, on_step=lambda done, steps, loss: losses.append(loss))
     assert losses[-1] < 0.6 * losses[0]
     assert len(losses) == SHORT.steps
 
@@ -29,6 +31,64 @@ def test_the_same_seed_gives_the_same_backbone_and_another_seed_another(recipe) 
     other = pretrain(recipe.model_copy(update={"seed": 9}), quick).state_dict()
     assert not torch.equal(first["backbone.patch_embed.proj.weight"],
                            other["backbone.patch_embed.proj.weight"])  # fmt: skip
+
+
+class KilledError(Exception):
+    pass
+
+
+def noting(done, last=None):
+    def on_step(step, steps, loss):
+        done.append(step)
+        if step == last:
+            raise KilledError
+
+    return on_step
+
+
+def test_one_that_is_killed_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch) -> None:
+    settings, keep = Pretraining(steps=6, phantoms=4, batch_size=9), tmp_path / "kept"
+    whole = pretrain(recipe, settings).state_dict()
+    monkeypatch.setattr(core.pretrain_state, "KEPT_SECONDS", 0)
+    done: list[int] = []
+    for last in (2, 5):
+        with pytest.raises(KilledError):
+            pretrain(recipe, settings, keep=keep, on_step=noting(done, last))
+    for _ in range(2):  # the second time killed before the result was written
+        resumed = pretrain(recipe, settings, keep=keep, on_step=noting(done)).state_dict()
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert done == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_kept_of_another_pretraining_counts_for_nothing(
+    recipe, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(core.pretrain_state, "KEPT_SECONDS", 0)
+    settings, keep = Pretraining(steps=3, phantoms=4, batch_size=7), tmp_path / "kept"
+    anew = pretrain(recipe, settings).state_dict()
+    for other, how in (
+        (recipe.model_copy(update={"seed": 9}), settings),
+        (recipe, dataclasses.replace(settings, steps=4)),
+    ):
+        with pytest.raises(KilledError):
+            pretrain(other, how, keep=keep, on_step=noting([], last=2))
+        done: list[int] = []
+        found = pretrain(recipe, settings, keep=keep, on_step=noting(done)).state_dict()
+        assert done == [1, 2, 3]
+        assert all(torch.equal(anew[name], found[name]) for name in anew)
+
+
+def test_between_minutes_nothing_is_written(recipe, tmp_path) -> None:
+    keep = tmp_path / "kept"
+    with pytest.raises(KilledError):
+        pretrain(recipe, Pretraining(steps=4, phantoms=4), keep=keep, on_step=noting([], 3))
+    assert not keep.exists()
+
+
+def test_a_damaged_file_is_told_of(recipe, tmp_path) -> None:
+    (keep := tmp_path / "kept").write_bytes(b"half")
+    with pytest.raises(UserError, match="kept' is not a whole safetensors file"):
+        pretrain(recipe, Pretraining(steps=4, phantoms=4), keep=keep)
 
 
 def test_the_head_stays_as_the_study_would_draw_it(recipe) -> None:
@@ -63,9 +123,9 @@ def test_a_recipe_may_have_its_study_begin_so_and_says_how_far_it_is(recipe, mon
     monkeypatch.setattr(core.pretrain, "Pretraining", SimpleNamespace(of=lambda recipe: quick))
     model = recipe.model.model_copy(update={"phantom_steps": 2})
     begun = recipe.model_copy(update={"model": model})
-    losses: list[float] = []
-    state = initial_state(begun, losses.append)
-    assert len(losses) == 2
+    told: list[tuple[int, int]] = []
+    state = initial_state(begun, lambda done, steps, loss: told.append((done, steps)))
+    assert told == [(1, 2), (2, 2)]
     trained = network_arrays(pretrain(recipe, quick))
     for arrays in (state.student, state.teacher):
         assert all(np.array_equal(arrays[name], trained[name]) for name in trained)

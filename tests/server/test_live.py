@@ -48,16 +48,25 @@ def test_of_a_file_that_somebody_else_wrote_only_the_known_names_are_read(tmp_pa
     found = read_live(tmp_path)
     assert found.pop("sites") == {"a": {"state": "asked", "since": 1.0, "reason": " [31m"}}
     assert set(found) == {"round", "rounds", "phase", "since", "written", "deadline",
-                          "beat_seconds", "steps"}  # fmt: skip
+                          "beat_seconds", "steps", "first_step"}  # fmt: skip
 
 
 def test_pretraining_counts_from_its_first_step_and_not_from_the_drawing_before(tmp_path, told):
     now, since = Live(tmp_path, 9), []
     for done in (0, 1, 2):
         now.pretraining(done, 5)
-        since.append(read_live(tmp_path)["since"])
+        since.append((read_live(tmp_path)["since"], read_live(tmp_path)["first_step"]))
         time.sleep(0.02)
-    assert since[0] < since[1] == since[2]
+    assert since[0][0] < since[1][0]
+    assert since[1] == since[2]
+    assert [first for _, first in since] == [None, 1, 1]
+
+
+def test_pretraining_that_goes_on_counts_from_the_step_with_which_it_does(tmp_path, told):
+    now = Live(tmp_path, 9)
+    for done in (0, 4, 5):
+        now.pretraining(done, 5)
+    assert read_live(tmp_path)["first_step"] == 4
 
 
 @pytest.mark.parametrize("steps", [[7, 3], [-1, 3], [1], 12, [1, "x"]])

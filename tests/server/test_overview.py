@@ -158,16 +158,16 @@ def test_pretraining_is_told_by_its_steps_and_the_time_that_the_others_take(run)
         assert (view.state, view.phase) == ("running", "pretraining")
         assert (view.steps, view.steps_left) == ((0, 6400), None)
         facts, now = json.loads((run / "live.json").read_text()), time.time()
-        write_json(run / "live.json", facts | {"steps": [1, 6400]})
+        write_json(run / "live.json", facts | {"steps": [400, 6400], "first_step": 400})
         assert look(run).steps_left is None  # one step tells no rate
-        told = {"since": now - 100, "written": now, "steps": [1600, 6400]}
+        told = {"since": now - 100, "written": now, "steps": [1600, 6400], "first_step": 400}
         write_json(run / "live.json", facts | told)
-        assert look(run).steps_left == pytest.approx(300, rel=0.01)
+        assert look(run).steps_left == pytest.approx(400, rel=0.01)
         words = " ".join(drawn(run, width=200).split())
         assert "before round 1: step 1,600 of 6,400 of pretraining on phantoms" in words
-        assert "about 5 min more" in words
+        assert "about 7 min more" in words
         shown = StudyView(run).look().parts["head"].html
-        assert "step 1,600 of 6,400 of pretraining on phantoms, about 5 min more" in shown
+        assert "step 1,600 of 6,400 of pretraining on phantoms, about 7 min more" in shown
         live.phase("waiting for sites")
         assert (look(run).steps, look(run).steps_left) == (None, None)
         assert "phantoms" not in drawn(run)

@@ -36,15 +36,18 @@ def trained(site, round_number, step):
 def test_rounds_are_timed_from_the_end_of_pretraining_and_it_by_itself(make_recipe, clock):
     console = Console(file=io.StringIO(), width=200)
     with shown_progress(console, make_recipe(rounds=10, local_steps=1), sites=2, done=0):
-        clock[0] += 600
+        clock[0] += 900  # it draws
+        pretrained(40)
+        clock[0] += 60
         pretrained(50)
-        clock[0] += 600
+        clock[0] += 300
         pretrained(100)
         for site in "ab":
             clock[0] += 30
             trained(site, 1, 1)
     assert lines(console) == [
-        "pretraining, step 50, about 10 min left",
+        "pretraining, step 40",
+        "pretraining, step 50, about 5 min left",
         "pretraining, step 100",
         "round 1/10 a step 1/1 loss 2.000, about 10 min left",
         "round 1/10 b step 1/1 loss 2.000, about 9 min left",
