@@ -49,6 +49,9 @@ class _Handler(logging.Handler):
         self._first = self._done = done * self._round_steps
         self._began = time.monotonic()
         self._pretraining: tuple[int, float] | None = None
+        self._usual: tuple[int, float] | None = None
+        """Steps after the first round that is shown, and when: it loads data and fills memories,
+        which takes several times the others' time."""
         total = self._rounds * self._round_steps
         self._task = bar.add_task(
             f"{recipe.name}", total=total, completed=self._done, visible=sites > 0
@@ -72,6 +75,7 @@ class _Handler(logging.Handler):
             self._done = line["round"] * self._round_steps
             self._bar.update(self._task, completed=self._done)
             self._say(f"{describe_round(line, self._rounds)}{self._time_left()}")
+            self._usual = self._usual or (self._done, time.monotonic())
         else:
             colour = "yellow" if record.levelno >= logging.WARNING else "default"
             self._say(record.getMessage(), colour)
@@ -96,9 +100,10 @@ class _Handler(logging.Handler):
 
     def _time_left(self) -> str:
         left = self._rounds * self._round_steps - self._done
-        if self._done == self._first:
+        first, began = self._usual or (self._first, self._began)
+        if self._done == first:
             return ""
-        return told((time.monotonic() - self._began) / (self._done - self._first) * left)
+        return told((time.monotonic() - began) / (self._done - first) * left)
 
     def _say(self, text: str, style: str = "default") -> None:
         self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -65,6 +65,18 @@ def test_rounds_of_another_process_are_timed_by_what_the_first_took(make_recipe,
     assert lines(console)[0].endswith(", about 10 min left")
 
 
+def test_later_rounds_are_timed_without_the_first_which_fills_memories(make_recipe, clock):
+    console = Console(file=io.StringIO(), width=200)
+    line = {"sites": {}, "metrics": {}, "seconds": {}}
+    with shown_progress(console, make_recipe(rounds=21, local_steps=1), sites=1, done=0):
+        for number, seconds in ((1, 600), (2, 60), (3, 120)):
+            clock[0] += seconds
+            trained("a", number, 1)
+            LOG.info("", extra={"line": {"round": number, **line}})
+    left = [text.rpartition(", about ")[2] for text in lines(console)[1::2]]
+    assert left == ["200 min left", "19 min left", "27 min left"]
+
+
 def test_on_a_terminal_pretraining_has_a_bar_of_its_own(make_recipe):
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
     with shown_progress(console, make_recipe(), sites=2, done=0):
