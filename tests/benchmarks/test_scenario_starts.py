@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from core.checkpoint import read_json
+from core.config import load_recipe
 from core.initial import initial_state
 
 
@@ -87,3 +88,12 @@ def test_a_start_of_another_width_is_made_and_measured_as_such(
     table = bench.scenario_tables.width_growth(rows)
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["init_1600"]
     assert f"{found:+.3f}" in table
+
+
+def test_the_recipe_for_gpus_differs_from_the_measured_one_as_it_says_alone(bench, tmp_path):
+    study = bench.scenario_jobs.Study(tmp_path, tmp_path)
+    wide = study.options("ours_wide")
+    model = {"options": wide, "phantom_steps": 25_600, "phantom_batch": 56}
+    expected = bench.federation_loop.changed(study.recipe, model=model)
+    recipe = load_recipe(study.recipe_file.with_name("seven_sites_gpu.toml"))
+    assert recipe == expected.model_copy(update={"name": recipe.name})
