@@ -56,7 +56,10 @@ def pretrain(
         int | None, typer.Option(min=0, max=2**31 - 1, help="In place of the recipe's.")
     ] = None,
 ) -> None:
-    """Pretrain a backbone on drawn pictures, for `model.init_file`: no data and no download."""
+    """Pretrain a backbone on drawn pictures, for `model.init_file`: no data, no download.
+
+    Killed and run again, it goes on where it was a minute before.
+    """
     from server.pretrain import pretrain_file
 
     digest = pretrain_file(

@@ -15,6 +15,15 @@ def test_a_bar_counts_to_its_end():
     assert "100%" in out.getvalue()
 
 
+def test_a_bar_that_is_told_how_many_are_done_begins_there():
+    out = io.StringIO()
+    with counting(Console(file=out, force_terminal=True, width=60), "steps", 4) as count:
+        count(2)
+        count(3)
+    assert "75%" in out.getvalue()
+    assert "100%" not in out.getvalue()
+
+
 def test_an_exception_ends_the_bar_and_its_thread_at_once():
     console, before = Console(file=io.StringIO(), force_terminal=True), set(threading.enumerate())
     with pytest.raises(ValueError, match="damaged") as caught, counting(console, "reading", 2):
