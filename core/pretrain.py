@@ -74,8 +74,8 @@ def pretrain(
         device: a torch device name, from `resolve_device`.
         on_step: progress, called after each step.
         keep: a file that has every minute what was learnt until then. A call that finds it, with
-            the same recipe and settings, goes on from there, to the same bits; who called removes
-            it once the result is safe.
+            the same recipe, settings and weights, goes on from there, to the same bits; who called
+            removes it once the result is safe.
 
     Returns:
         The network on the CPU, averaged over the steps; its projection head is as it was drawn, and
@@ -100,7 +100,7 @@ def pretrain(
     }
     first, state = 0, None
     if keep is not None:
-        state = PretrainState(keep, _name(recipe, settings), network, averaged, optimizer)
+        state = PretrainState(keep, _name(recipe, settings, network), network, averaged, optimizer)
         first = state.load()
     highest = settings.learning_rate * math.sqrt(settings.batch_size / USUAL_BATCH)
     for step in range(first, settings.steps):
@@ -138,8 +138,10 @@ def pretrain(
     return averaged.cpu()
 
 
-def _name(recipe: Recipe, settings: Pretraining) -> str:
-    asked = json.dumps([recipe.to_json(), dataclasses.asdict(settings)])
+def _name(recipe: Recipe, settings: Pretraining, network: Network) -> str:
+    """Weights are named too: what another version has kept may have others."""
+    weights = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    asked = json.dumps([recipe.to_json(), dataclasses.asdict(settings), weights])
     return hashlib.sha256(asked.encode()).hexdigest()
 
 

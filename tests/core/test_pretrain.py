@@ -78,6 +78,27 @@ def test_what_was_kept_of_another_pretraining_counts_for_nothing(
         assert all(torch.equal(anew[name], found[name]) for name in anew)
 
 
+def test_what_a_version_with_other_weights_has_kept_counts_for_nothing(
+    recipe, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(core.pretrain_state, "KEPT_SECONDS", 0)
+    settings, keep = Pretraining(steps=3, phantoms=4, batch_size=7), tmp_path / "kept"
+    own_start = core.pretrain._start
+
+    def with_one_weight_more(asked):
+        network = own_start(asked)
+        network.register_parameter("of_another_version", torch.nn.Parameter(torch.zeros(2)))
+        return network
+
+    monkeypatch.setattr(core.pretrain, "_start", with_one_weight_more)
+    with pytest.raises(KilledError):
+        pretrain(recipe, settings, keep=keep, on_step=noting([], last=2))
+    monkeypatch.setattr(core.pretrain, "_start", own_start)
+    done: list[int] = []
+    pretrain(recipe, settings, keep=keep, on_step=noting(done))
+    assert done == [1, 2, 3]
+
+
 def test_between_minutes_nothing_is_written(recipe, tmp_path) -> None:
     keep = tmp_path / "kept"
     with pytest.raises(KilledError):
