@@ -25,9 +25,12 @@
                      values that they have without
   no_memory_without_start
                      no_memory from random weights, with the same values
+  no_memory_fast, no_memory_teacher
+                     no_memory with the learning rate of ours, and measured on its teacher
+  ours_student       ours, measured on its student
   dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
   fedprox            ours with FedProx' pull to the global weights
-and, in `leaving`, from the round on after a site has left:
+and, in `leaving` and `alone`, from the round on after a site has left:
   anchor             the student keeps near the received teacher on the site's own images
   slow_teacher       the teacher moves a tenth as fast
   server_momentum    the global weights move slowly
@@ -162,6 +165,9 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "no_memory_without_start": lambda rate, koleo: without_start(
         without_memory(described=False, rate=rate, koleo=koleo)
     ),
+    "no_memory_fast": lambda: replace(without_memory(described=False), measured="student"),
+    "no_memory_teacher": lambda: without_memory(described=False),
+    "ours_student": lambda: replace(ours(), measured="student"),
     "dino": lambda rate, temperature: arm_of(
         dino(prototypes=DINO_PROTOTYPES, temperature=temperature), rate=rate
     ),

@@ -49,6 +49,25 @@ def differences(arm: Draws, other: Draws) -> dict[str, Comparison]:
     return {name: compare(a[name], b[name]) for name in a if name in b}
 
 
+def changes(
+    after: Draws, before: Draws, names: Sequence[str], share: float = 1.0
+) -> dict[int, dict[str, Resampled]]:
+    """Seed -> modality, those of `names` -> a share of how its AUROC changed, on the same draws."""
+    return {
+        seed: {
+            m: Resampled(
+                share * (row[m].value - before[seed][m].value),
+                share * (row[m].draws - before[seed][m].draws),
+                row[m].freedom,
+            )
+            for m in names
+            if m in row
+        }
+        for seed, row in after.items()
+        if seed in before
+    }
+
+
 def per_doubling(points: Mapping[float, Draws]) -> dict[str, Comparison]:
     """Modality, and MEAN -> how much the AUROC grows with twice as much: a fitted line's slope.
 

@@ -21,7 +21,7 @@ Indices = NDArray[np.int64]
 
 SCENARIOS: Final = (
     *("extreme", "skewed_0.5", "skewed_0.1", "sizes", "leaving", "joining", "participation"),
-    *("broken", "misnamed", "quarter", "sixteenth", "three"),
+    *("broken", "misnamed", "quarter", "sixteenth", "three", "alone"),
 )
 SHARES: Final[Mapping[str, float]] = {"quarter": 1 / 4, "sixteenth": 1 / 16}
 """Of its patients that each site keeps."""
@@ -30,6 +30,16 @@ THREE: Final = ("cxr", "us", "oct")
 LEAVING: Final = ("us", "dermatology")
 """A grey and a coloured modality, whose only sites leave at half time."""
 JOINING: Final = ("dermatology",)
+STAYING: Final = "ct"
+"""Whose site stays in `alone`: random weights solve it, so it says nothing itself."""
+CHANGING: Final[Mapping[str, tuple[str, ...]]] = {
+    "leaving": LEAVING,
+    "joining": JOINING,
+    "alone": tuple(m for m in MODALITIES if m != STAYING),
+}
+"""Modalities whose sites leave or join at half time."""
+STEADY: Final = ("alone",)
+"""Scenarios in which the learning rate stays at its peak: a study whose end nobody knows."""
 SHARE: Final = 0.3
 """Of the sites, in each round of `participation`."""
 BIG_SHARE: Final = 0.8
@@ -84,8 +94,8 @@ def build(name: str, hospitals: Mapping[str, Sequence[Shard]], seed: int, rounds
         sites = _share(whole, SHARES[name], seed)
     elif name == "three":
         sites = {modality: whole[modality] for modality in THREE if modality in whole}
-    elif name in ("leaving", "joining"):
-        changing = tuple(m for m in (LEAVING if name == "leaving" else JOINING) if m in whole)
+    elif name in CHANGING:
+        changing = tuple(m for m in CHANGING[name] if m in whole)
     names = sorted(sites)
 
     def answering(number: int) -> list[str]:
@@ -93,7 +103,7 @@ def build(name: str, hospitals: Mapping[str, Sequence[Shard]], seed: int, rounds
             count = max(2, round(SHARE * len(names)))
             drawn = numpy_generator(seed, "who answers", number).permutation(len(names))[:count]
             return [names[place] for place in sorted(drawn)]
-        away = (number > half) if name == "leaving" else (number <= half)
+        away = (number <= half) if name == "joining" else (number > half)
         return [site for site in names if not (away and site in changing)]
 
     return Scenario(sites, answering, half, changing)

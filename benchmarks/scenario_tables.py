@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from scenario_cells import (
     Arm,
     Arms,
@@ -28,14 +27,13 @@ from scenario_cells import (
     figures,
     markdown,
     seeds_of,
-    shown,
     with_spread,
 )
 from scenario_compare import MEAN
+from scenario_leaving import change, forgotten, lost
 
 from core.checkpoint import read_json, write_atomically
 from core.errors import UserError
-from core.modalities import TITLES
 
 RESULTS: Final = Path(__file__).resolve().with_name("scenarios.json")
 TRIED: Final = RESULTS.with_name("competitors.json")
@@ -126,21 +124,6 @@ def data_growth(arms: Arms) -> str:
     return differences_of(arms, "per_data_doubling", "for twice as many patients [95 %]", MEAN)
 
 
-def change(arms: Arms) -> str:
-    """What became of modalities that left or joined at half time, and of the others."""
-    rows = []
-    for name, arm in arms.items():
-        half, end = figures(arm, "half"), figures(arm, "end")
-        for m, cells in arm.get("change", {}).items():
-            if m in TITLES:
-                before, after = (f"{np.mean(part[m]):.3f}" for part in (half, end))
-                rows.append([name, TITLES[m], before, after, shown(cells)])
-        if "change" in arm:
-            others = f"{np.mean(end[MEAN]):.3f}"
-            rows.append([name, "all seven", f"{np.mean(half[MEAN]):.3f}", others, ""])
-    return markdown(["arm", "", "half time", "end", "change [95 %]"], rows)
-
-
 def noticed(arms: Arms) -> str:
     """What the coordinator noticed, summed over seeds."""
     rows = []
@@ -187,7 +170,8 @@ KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "means": means, "probe": probe, "standard": standard, "votes": votes, "early": early,
     "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
-    "over_no_memory": over_no_memory, "change": change, "noticed": noticed, "cpu": cpu,
+    "over_no_memory": over_no_memory, "change": change, "forgotten": forgotten, "lost": lost,
+    "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ is measured; colour fundus on its single source):
   quarter, sixteenth
                  as extreme, with so many of each site's patients
   three          as extreme, without all sites but those of chest X-ray, ultrasound and OCT
-Arms are in competitors.py; those against forgetting run in `leaving` alone. Within a scenario all
-arms see as many views (`local`: each site in every round).
+  alone          all sites but CT's leave at half time, and the learning rate never falls
+Arms are in competitors.py; those against forgetting run in `leaving` and `alone` only. Within a
+scenario all arms see as many views (`local`: each site in every round).
 
 Run: python benchmarks/scenarios.py --data DIR [--out DIR] [--seeds 0 1 2] [--jobs 2]
      [--scenarios ...] [--arms ...] [--steps N ...] [--plots DIR] [--pretend]
@@ -33,17 +34,19 @@ from typing import Any, Final
 
 import competitors
 import torch
-from scenario_compare import MEAN, Draws, differences, per_doubling
+from scenario_compare import Draws, changes, differences, per_doubling
 from scenario_jobs import Job, Study, draws_of, make_job, results_of, run_jobs
 from scenario_plot import draw_arms
-from scenario_sites import JOINING, LEAVING, SCENARIOS, SHARES
+from scenario_sites import CHANGING, SCENARIOS, SHARES
 from scenario_tables import KINDS
 
 from core.checkpoint import read_json, write_json
 from core.evaluation.intervals import Comparison
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-CHANGING: Final = {"leaving": LEAVING, "joining": JOINING}
+FORGETFUL: Final = "no_memory_fast"
+"""The arm of whose loss, when sites have left, ours may have SHARE_LOST."""
+SHARE_LOST: Final = 0.3
 Done = dict[str, list[tuple[Job, dict[str, Any]]]]
 """Arm -> its jobs that have a result, with it."""
 
@@ -59,7 +62,7 @@ def plan(
     return [
         make_job(study, scenario, arm, seed, length)
         for seed, length, scenario, arm in itertools.product(seeds, steps, scenarios, arms)
-        if scenario == "leaving" or arm not in competitors.FORGETTING
+        if scenario in ("leaving", "alone") or arm not in competitors.FORGETTING
     ]
 
 
@@ -117,7 +120,6 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
 def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
     """Arm -> seed -> row; and how it differs from ours, hand-made features, itself at half time."""
     end, usual, early = (draws(study, done, f"end{p}") for p in ("", "_standard", "_early"))
-    half = draws(study, done, "half") if scenario in CHANGING else {}
     weights = {a: done[a][0][1]["weights"] for a in competitors.WIDTHS_ALONE if a in done}
     found: dict[str, dict[str, Any]] = {}
     for arm, pairs in done.items():
@@ -140,9 +142,24 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
             points = {n: end[a] for a, n in amounts.items() if len(end.get(a, ())) == len(pairs)}
             if arm == first and len(points) > 1:
                 found[arm][key] = listed(per_doubling(points))
-        if arm in half:
-            changes = listed(differences(end[arm], half[arm]))
-            found[arm]["change"] = {name: changes[name] for name in (*CHANGING[scenario], MEAN)}
+    for arm, rows in changed(study, scenario, done).items():
+        found[arm] |= rows
+    return found
+
+
+def changed(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
+    """Arm -> what became of the modalities whose sites left or joined, by both probes."""
+    found: dict[str, dict[str, Any]] = {arm: {} for arm in done}
+    names = CHANGING.get(scenario, ())
+    for probe in ("", "_standard") if names else ():
+        half, end = (draws(study, done, f"{moment}{probe}") for moment in ("half", "end"))
+        none = {arm: changes(rows, rows, names) for arm, rows in end.items()}
+        own = {arm: changes(end[arm], half[arm], names) for arm in done}
+        for arm in (arm for arm in done if own[arm]):
+            found[arm][f"change{probe}"] = listed(differences(own[arm], none[arm]))
+            if set(own[arm]) & set(own.get(FORGETFUL, ())):
+                allowed = changes(end[FORGETFUL], half[FORGETFUL], names, SHARE_LOST)
+                found[arm][f"change_less_share{probe}"] = listed(differences(own[arm], allowed))
     return found
 
 

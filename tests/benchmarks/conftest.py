@@ -16,6 +16,7 @@ IN_ORDER = (
     *(
         "scenario_compare",
         "scenario_cells",
+        "scenario_leaving",
         "scenario_tables",
         "scenario_jobs",
         "scenario_run",

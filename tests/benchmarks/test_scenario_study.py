@@ -11,6 +11,7 @@ from core.evaluate import auroc, extract, knn_scores, labelled_tasks, measures, 
 from core.evaluation.baselines import hand_made
 from core.initial import initial_state
 from core.modalities import MEAN_STD
+from core.schedules import learning_rate
 
 
 def test_a_job_leaves_what_tables_need_and_counts_for_itself_alone(bench, study, hospitals, capsys):
@@ -113,6 +114,41 @@ def test_arms_against_forgetting_run_where_somebody_leaves_alone(bench, study):
     ]  # fmt: skip
     assert not jobs[-1].tuned
     assert len({job.name for job in jobs}) == 3
+
+
+def test_where_all_but_one_leave_the_rate_stays_and_losses_are_held_against_fedavg(
+    bench, study, hospitals, monkeypatch, capsys
+):
+    monkeypatch.setitem(bench.scenario_sites.CHANGING, "alone", ("us", "dermatology"))
+    arms = ["ours", "no_memory_fast", "decay"]
+    ours, fedavg, decay = jobs = bench.scenarios.plan(study, ["alone"], arms, [0], [4])
+    recipe = bench.scenario_run.recipe_from_json(ours.recipe, "the job")
+    scenario = bench.scenario_run.build("alone", hospitals, 0, recipe.federation.rounds)
+    assert [scenario.answering(n) for n in (1, 2)] == [["cxr", "dermatology", "us"], ["cxr"]]
+    first, second = (bench.scenario_run.arms_of(decay, scenario)(n).recipe(recipe) for n in (1, 2))
+    rates = [[learning_rate(r, step) for step in range(4)] for r in (first, second)]
+    peak = recipe.optim.learning_rate * recipe.optim.batch_size / 256
+    assert rates[0] == pytest.approx([peak] * 4)
+    assert rates[1] == pytest.approx([decay.values["factor"] * peak] * 4)
+
+    for job in (ours, fedavg):
+        bench.scenario_run.execute(job, hospitals, study.out)
+    bench.scenarios.report(study, jobs)
+    kept = read_json(study.results)["results"]["alone"]["4"]
+    for probe in ("", "_standard"):
+        lost = {
+            arm: np.mean([
+                kept[arm]["0"][f"end{probe}"][m]["auroc"]
+                - kept[arm]["0"][f"half{probe}"][m]["auroc"]
+                for m in ("us", "dermatology")
+            ])
+            for arm in arms[:2]
+        }  # fmt: skip
+        assert kept["ours"][f"change{probe}"]["mean"][0] == pytest.approx(lost["ours"])
+        allowed = 0.3 * lost["no_memory_fast"]
+        difference = kept["ours"][f"change_less_share{probe}"]["mean"][0]
+        assert difference == pytest.approx(lost["ours"] - allowed)
+    assert "| arm | probe [95 %] | less .3 of no_memory_fast's [95 %] |" in capsys.readouterr().out
 
 
 def test_hand_made_features_need_no_weights_and_go_through_the_same_probe_and_vote(
