@@ -8,12 +8,15 @@ from typing import Any, Final
 
 from core.collapse import alarm
 from core.config import Recipe
+from core.modalities import TITLES
 from server.tally import Tally
 
 QUIET_SECONDS: Final = 60.0
 """A server that promised to be heard of more often is stuck."""
 ROUNDS_ON_DISK: Final = 3
 """The disk is nearly full where no so many more rounds fit."""
+ROUNDS_UNTRAINED: Final = 3
+"""After more rounds without a modality the model may lose it."""
 LEVELS: Final = ("stop", "act", "look")
 """The study stands or goes wrong; somebody must act for it to be whole; worth a look."""
 
@@ -24,8 +27,8 @@ class Alarm:
 
     level: str
     kind: str
-    """server, collapse, quorum, quarantine, absent, rejected, error, budget, outlier, refused,
-    disk, history"""
+    """server, collapse, quorum, quarantine, absent, rejected, error, budget, modality, outlier,
+    refused, disk, history"""
     site: str
     """Empty where it is not of one site."""
     words: str
@@ -56,7 +59,7 @@ def alarms(facts: Facts) -> list[Alarm]:
     """All alarms of a study, the gravest first."""
     found = [
         *_server(facts), *_collapse(facts), *_quorum(facts), *_quarantine(facts), *_sites(facts),
-        *_outliers(facts), *_disk(facts),
+        *_modalities(facts), *_outliers(facts), *_disk(facts),
     ]  # fmt: skip
     return sorted(found, key=lambda one: LEVELS.index(one.level))
 
@@ -162,6 +165,19 @@ def _sites(facts: Facts) -> Iterator[Alarm]:
         elif state in ("rejected", "error"):
             words = reason if state == "rejected" else f"site '{name}' gave no update: {reason}"
             yield Alarm("act", state, name, words, "see Messages in docs/operations.md")
+
+
+def _modalities(facts: Facts) -> Iterator[Alarm]:
+    for modality, last in facts.tally.trained.items():
+        if facts.tally.rounds - last > ROUNDS_UNTRAINED:
+            names = [n for n, site in facts.tally.sites.items() if site.images.get(modality)]
+            back = f"bring back {' or '.join(sorted(names))}, or " if names else ""
+            yield Alarm(
+                "look", "modality", "",
+                f"no site has trained on {TITLES[modality]} since round {last}; the model may lose "
+                "what it knew of it",
+                f"{back}measure the model on its images with fedmermed-eval before you use it",
+            )  # fmt: skip
 
 
 def _outliers(facts: Facts) -> Iterator[Alarm]:

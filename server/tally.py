@@ -66,6 +66,8 @@ class Tally:
         self.damaged = False
         """Whether the file holds a line that is none; it and those after it do not count."""
         self.sites: dict[str, SiteTally] = {}
+        self.trained: dict[str, int] = {}
+        """modality -> the last round in which an admitted update was trained on it"""
         self.series: dict[str, dict[str, Points]] = {}
         """modality -> metric -> its mean over sites, round by round"""
         self.seconds: list[float] = []
@@ -152,6 +154,7 @@ class Tally:
             site.last_admitted = self.rounds
             images = _table(outcome, "num_examples").items()
             site.images = {m: _whole(n) for m, n in images if m in MODALITIES}
+            self.trained |= {m: self.rounds for m, count in site.images.items() if count}
             if number := _number(_table(outcome, "metrics").get(EPSILON)):
                 site.epsilon = number[0]
         elif what == "rejected":

@@ -218,6 +218,25 @@ def test_every_trouble_of_a_round_is_an_alarm_the_gravest_first(run):
     assert all(one.words and one.what_to_do for one in view.alarms)
 
 
+def test_a_modality_that_no_site_trains_on_any_more_is_an_alarm_until_one_does(run):
+    ultrasound = outcome(num_examples={"us": 40, "ct": 0})
+    both, one = {"a": outcome(), "b": ultrasound}, {"a": outcome(), "b": outcome("absent")}
+    history = [line(1, both), line(2, both), *(line(number, one) for number in range(3, 7))]
+    write(run, *history[:5])
+    assert "modality" not in [kind for _, kind, _ in kinds(look(run))]
+    write(run, *history)
+    (alarm,) = (alarm for alarm in look(run).alarms if alarm.kind == "modality")
+    assert (alarm.level, alarm.site) == ("look", "")
+    assert alarm.words == (
+        "no site has trained on ultrasound since round 2; the model may lose what it knew of it"
+    )
+    assert alarm.what_to_do == (
+        "bring back b, or measure the model on its images with fedmermed-eval before you use it"
+    )
+    write(run, *history, line(7, both))
+    assert "modality" not in [kind for _, kind, _ in kinds(look(run))]
+
+
 def test_a_collapse_of_the_mean_is_an_alarm_too(run):
     means = {"loss/ct": 4.0, "loss_ceiling/ct": 4.0, "teacher_entropy/ct": 4.0,
              "mean_cosine/ct": 0.999}  # fmt: skip
