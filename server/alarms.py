@@ -15,8 +15,6 @@ QUIET_SECONDS: Final = 60.0
 """A server that promised to be heard of more often is stuck."""
 ROUNDS_ON_DISK: Final = 3
 """The disk is nearly full where no so many more rounds fit."""
-ROUNDS_UNTRAINED: Final = 3
-"""After more rounds without a modality the model may lose it."""
 LEVELS: Final = ("stop", "act", "look")
 """The study stands or goes wrong; somebody must act for it to be whole; worth a look."""
 
@@ -168,16 +166,15 @@ def _sites(facts: Facts) -> Iterator[Alarm]:
 
 
 def _modalities(facts: Facts) -> Iterator[Alarm]:
-    for modality, last in facts.tally.trained.items():
-        if facts.tally.rounds - last > ROUNDS_UNTRAINED:
-            names = [n for n, site in facts.tally.sites.items() if site.images.get(modality)]
-            back = f"bring back {' or '.join(sorted(names))}, or " if names else ""
-            yield Alarm(
-                "look", "modality", "",
-                f"no site has trained on {TITLES[modality]} since round {last}; the model may lose "
-                "what it knew of it",
-                f"{back}measure the model on its images with fedmermed-eval before you use it",
-            )  # fmt: skip
+    for modality, last in facts.tally.untrained().items():
+        names = [n for n, site in facts.tally.sites.items() if site.images.get(modality)]
+        back = f"bring back {' or '.join(sorted(names))}, or " if names else ""
+        yield Alarm(
+            "look", "modality", "",
+            f"no site has trained on {TITLES[modality]} since round {last}; the model may lose "
+            "what it knew of it",
+            f"{back}measure the model on its images with fedmermed-eval before you use it",
+        )  # fmt: skip
 
 
 def _outliers(facts: Facts) -> Iterator[Alarm]:

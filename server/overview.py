@@ -21,8 +21,9 @@ class ModalityView:
     """How a modality learns."""
 
     verdict: str
-    """collapse; of its kNN AUROC in the last rounds: better, worse, steady,
-    too early to tell; unlabelled: no site sends one; private: none may, by record privacy."""
+    """untrained: no site has it any more; collapse; of its kNN AUROC in the last rounds: better,
+    worse, steady, too early to tell; unlabelled: no site sends one; private: none may, by record
+    privacy."""
     images: int
     sites: int
     figures: dict[str, Figure]

@@ -142,6 +142,8 @@ class OverviewReader:
         return views
 
     def _verdict(self, modality: str, figures: dict[str, Figure]) -> str:
+        if modality in self._tally.untrained():
+            return "untrained"
         means = {f"{metric}/{modality}": figure.last for metric, figure in figures.items()}
         told = any(f"{modality}: collapse" in words for words in self._tally.alarms)
         if told or alarm(means, modality):

@@ -127,8 +127,9 @@ def _alarms(view: Overview) -> list[Text]:
 
 def _learning(view: Overview) -> Text:
     text = Text("model, by kNN AUROC of the last rounds: ")
-    words = {"collapse": "bold red", "worse": "yellow", "better": "green", "steady": "default",
-             "too early": "default", "unlabelled": "default", "private": "default"}  # fmt: skip
+    words = {"collapse": "bold red", "worse": "yellow", "untrained": "yellow", "better": "green",
+             "steady": "default", "too early": "default", "unlabelled": "default",
+             "private": "default"}  # fmt: skip
     parts = []
     for verdict, colour in words.items():
         names = [m for m, modality in view.modalities.items() if modality.verdict == verdict]

@@ -21,6 +21,8 @@ from server.roster import SITE_NAME
 OUTCOMES: Final = ("admitted", "rejected", "error", "silent", "absent", "quarantined")
 PHASES: Final = ("exchange", "wait_for_sites", "admit", "screen", "aggregate")
 """What the coordinator's time in a round goes to."""
+ROUNDS_UNTRAINED: Final = 3
+"""After more rounds without a modality the model may lose it."""
 Points = list[tuple[int, float]]
 """(round, value)"""
 
@@ -66,8 +68,7 @@ class Tally:
         self.damaged = False
         """Whether the file holds a line that is none; it and those after it do not count."""
         self.sites: dict[str, SiteTally] = {}
-        self.trained: dict[str, int] = {}
-        """modality -> the last round in which an admitted update was trained on it"""
+        self._trained: dict[str, int] = {}
         self.series: dict[str, dict[str, Points]] = {}
         """modality -> metric -> its mean over sites, round by round"""
         self.seconds: list[float] = []
@@ -105,6 +106,10 @@ class Tally:
     def by_metric(self, metric: str) -> dict[str, Points]:
         """Modality -> its mean over sites of a metric, round by round."""
         return {m: found[metric] for m, found in self.series.items() if metric in found}
+
+    def untrained(self) -> dict[str, int]:
+        """Modality that no admitted update was trained on lately -> the last round with one."""
+        return {m: n for m, n in self._trained.items() if self.rounds - n > ROUNDS_UNTRAINED}
 
     @property
     def version(self) -> tuple[int, int]:
@@ -154,7 +159,7 @@ class Tally:
             site.last_admitted = self.rounds
             images = _table(outcome, "num_examples").items()
             site.images = {m: _whole(n) for m, n in images if m in MODALITIES}
-            self.trained |= {m: self.rounds for m, count in site.images.items() if count}
+            self._trained |= {m: self.rounds for m, count in site.images.items() if count}
             if number := _number(_table(outcome, "metrics").get(EPSILON)):
                 site.epsilon = number[0]
         elif what == "rejected":

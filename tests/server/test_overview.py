@@ -225,7 +225,9 @@ def test_a_modality_that_no_site_trains_on_any_more_is_an_alarm_until_one_does(r
     write(run, *history[:5])
     assert "modality" not in [kind for _, kind, _ in kinds(look(run))]
     write(run, *history)
-    (alarm,) = (alarm for alarm in look(run).alarms if alarm.kind == "modality")
+    view = look(run)
+    assert (view.modalities["us"].verdict, view.modalities["ct"].verdict) == ("untrained", "better")
+    (alarm,) = (alarm for alarm in view.alarms if alarm.kind == "modality")
     assert (alarm.level, alarm.site) == ("look", "")
     assert alarm.words == (
         "no site has trained on ultrasound since round 2; the model may lose what it knew of it"
@@ -234,6 +236,7 @@ def test_a_modality_that_no_site_trains_on_any_more_is_an_alarm_until_one_does(r
         "bring back b, or measure the model on its images with fedmermed-eval before you use it"
     )
     write(run, *history, line(7, both))
+    assert look(run).modalities["us"].verdict == "unlabelled"
     assert "modality" not in [kind for _, kind, _ in kinds(look(run))]
 
 
