@@ -13,7 +13,7 @@ import torch
 from federation_loop import Arm, Federation, changed, federate
 from scenario_jobs import Job
 from scenario_measure import OTHERS, Measured, mean_of, measure, of_network
-from scenario_sites import STEADY, Scenario, Sites, build
+from scenario_sites import ENDLESS, Scenario, Sites, build
 
 from core.backbone import BACKBONE
 from core.checkpoint import read_json, save_arrays, write_json
@@ -112,19 +112,20 @@ def runs_of(job: Job, scenario: Scenario) -> list[Sites]:
 def arms_of(job: Job, scenario: Scenario) -> Callable[[int], Arm]:
     """Round -> arm: what is against forgetting begins when somebody has left."""
     arm, plain = competitors.make_arm(job.arm, job.values), Arm()
-    if job.scenario in STEADY:
-        arm, plain = _steady(arm), _steady(plain)
+    if share := ENDLESS.get(job.scenario):
+        arm, plain = _endless(arm, share), _endless(plain, share)
     waits = job.arm in competitors.FORGETTING
     return lambda number: plain if waits and number <= scenario.half else arm
 
 
-def _steady(arm: Arm) -> Arm:
-    """An arm whose learning rate stays at its peak."""
+def _endless(arm: Arm, share: float) -> Arm:
+    """An arm whose learning rate stays at its peak, once it has risen as fast as elsewhere."""
 
     def recipe(recipe: Recipe) -> Recipe:
         optim = (own := arm.recipe(recipe)).optim
         peak = optim.learning_rate * optim.batch_size / 256
-        return changed(own, optim={"final_learning_rate": peak})
+        warmup = optim.warmup * 2 * share  # elsewhere they leave at half time
+        return changed(own, optim={"final_learning_rate": peak, "warmup": warmup})
 
     return dataclasses.replace(arm, recipe=recipe)
 

@@ -37,9 +37,10 @@ CHANGING: Final[Mapping[str, tuple[str, ...]]] = {
     "joining": JOINING,
     "alone": tuple(m for m in MODALITIES if m != STAYING),
 }
-"""Modalities whose sites leave or join at half time."""
-STEADY: Final = ("alone",)
-"""Scenarios in which the learning rate stays at its peak: a study whose end nobody knows."""
+"""Modalities whose sites leave or join, at half time if ENDLESS does not say when."""
+ENDLESS: Final[Mapping[str, float]] = {"alone": 1 / 8}
+"""Scenarios of a study whose end nobody knew: its learning rate stays at its peak; and the share of
+the rounds before sites leave."""
 SHARE: Final = 0.3
 """Of the sites, in each round of `participation`."""
 BIG_SHARE: Final = 0.8
@@ -79,7 +80,7 @@ def build(name: str, hospitals: Mapping[str, Sequence[Shard]], seed: int, rounds
     Raises:
         UserError: a modality has too few images to be split.
     """
-    half = rounds // 2
+    half = max(1, int(rounds * ENDLESS.get(name, 1 / 2)))
     whole: Sites = {modality: list(shards) for modality, shards in hospitals.items()}
     sites, changing = whole, ()
     if name.startswith("skewed"):

@@ -14,7 +14,8 @@ is measured; colour fundus on its single source):
   quarter, sixteenth
                  as extreme, with so many of each site's patients
   three          as extreme, without all sites but those of chest X-ray, ultrasound and OCT
-  alone          all sites but CT's leave at half time, and the learning rate never falls
+  alone          all sites but CT's leave after an eighth of the rounds; the learning rate stays at
+                 its peak
 Arms are in competitors.py; those against forgetting run in `leaving` and `alone` only. Within a
 scenario all arms see as many views (`local`: each site in every round).
 
