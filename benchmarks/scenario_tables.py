@@ -30,7 +30,7 @@ from scenario_cells import (
     with_spread,
 )
 from scenario_compare import MEAN
-from scenario_leaving import change, forgotten, lost
+from scenario_leaving import change, forgotten, lost, lost_usual
 
 from core.checkpoint import read_json, write_atomically
 from core.errors import UserError
@@ -171,7 +171,7 @@ KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "by_modality": by_modality, "over_hand_made": over_hand_made, "growth": growth,
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
     "over_no_memory": over_no_memory, "change": change, "forgotten": forgotten, "lost": lost,
-    "noticed": noticed, "cpu": cpu,
+    "lost_usual": lost_usual, "noticed": noticed, "cpu": cpu,
 }  # fmt: skip
 
 

@@ -159,8 +159,9 @@ def changed(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]
         for arm in (arm for arm in done if own[arm]):
             found[arm][f"change{probe}"] = listed(differences(own[arm], none[arm]))
             if set(own[arm]) & set(own.get(FORGETFUL, ())):
-                allowed = changes(end[FORGETFUL], half[FORGETFUL], names, SHARE_LOST)
-                found[arm][f"change_less_share{probe}"] = listed(differences(own[arm], allowed))
+                for key, share in (("fedavg", 1.0), ("share", SHARE_LOST)):
+                    other = changes(end[FORGETFUL], half[FORGETFUL], names, share)
+                    found[arm][f"change_less_{key}{probe}"] = listed(differences(own[arm], other))
     return found
 
 

@@ -148,7 +148,10 @@ def test_where_all_but_one_leave_the_rate_stays_and_losses_are_held_against_feda
         allowed = 0.3 * lost["no_memory_fast"]
         difference = kept["ours"][f"change_less_share{probe}"]["mean"][0]
         assert difference == pytest.approx(lost["ours"] - allowed)
-    assert "| arm | probe [95 %] | less .3 of no_memory_fast's [95 %] |" in capsys.readouterr().out
+        by_fedavg = kept["ours"][f"change_less_fedavg{probe}"]["mean"][0]
+        assert by_fedavg == pytest.approx(lost["ours"] - lost["no_memory_fast"])
+    heads = "| arm | probe [95 %] | less no_memory_fast's | less .3 of that |"
+    assert heads in capsys.readouterr().out
 
 
 def test_hand_made_features_need_no_weights_and_go_through_the_same_probe_and_vote(
