@@ -101,7 +101,7 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
     for (scenario, steps), chosen in groups.items():
         if not by_arm(study, chosen):
             continue
-        arms = dict.fromkeys(["ours", "hand_made", *(job.arm for job in chosen)])
+        arms = dict.fromkeys(["ours", "hand_made", FORGETFUL, *(job.arm for job in chosen)])
         done = by_arm(study, plan(study, [scenario], [*arms], seeds_of(study), [int(steps)]))
         rows = results.setdefault(scenario, {}).setdefault(steps, {})
         asked = {job.arm for job in chosen}
