@@ -166,16 +166,24 @@ def changed(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]
 
 
 def across(study: Study, scenario: str, arm: str, steps: int) -> dict[str, Any]:
-    """How an arm differs from itself in `extreme`; with less data, how it grows with that too."""
+    """How an arm differs from itself in `extreme` and from hand-made features there.
+
+    With less data, how it grows with that too.
+    """
     if scenario == "extreme":
         return {}
     names = ["extreme", *(SHARES if scenario in SHARES else [scenario])]
     done = {n: by_arm(study, plan(study, [n], [arm], seeds_of(study), [steps])) for n in names}
     found = {n: draws(study, pairs, "end").get(arm, {}) for n, pairs in done.items()}
     whole, own = found["extreme"], found[scenario]
+    plain = by_arm(study, plan(study, ["extreme"], ["hand_made"], seeds_of(study), [None]))
+    hand_made = draws(study, plain, "end").get("hand_made", {})
+    result = {}
+    if set(hand_made) & set(own) and arm not in competitors.WITHOUT_NETWORK:
+        result["less_hand_made"] = listed(differences(own, hand_made))
     if not set(whole) & set(own):
-        return {}
-    result = {"less_extreme": listed(differences(own, whole))}
+        return result
+    result["less_extreme"] = listed(differences(own, whole))
     points = {share: found[n] for n, share in SHARES.items() if found.get(n)}
     if points and all(set(d) == set(whole) for d in points.values()):
         result["per_data_doubling"] = listed(per_doubling({1.0: whole, **points}))

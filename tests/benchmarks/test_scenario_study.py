@@ -131,7 +131,8 @@ def test_where_all_but_one_leave_the_rate_stays_and_losses_are_held_against_feda
     assert rates[0] == pytest.approx([peak] * 4)
     assert rates[1] == pytest.approx([decay.values["factor"] * peak] * 4)
 
-    for job in (ours, fedavg):
+    (hand_made,) = bench.scenarios.plan(study, ["extreme"], ["hand_made"], [0], [None])
+    for job in (ours, fedavg, hand_made):
         bench.scenario_run.execute(job, hospitals, study.out)
     bench.scenarios.report(study, jobs)
     kept = read_json(study.results)["results"]["alone"]["4"]
@@ -150,6 +151,9 @@ def test_where_all_but_one_leave_the_rate_stays_and_losses_are_held_against_feda
         assert difference == pytest.approx(lost["ours"] - allowed)
         by_fedavg = kept["ours"][f"change_less_fedavg{probe}"]["mean"][0]
         assert by_fedavg == pytest.approx(lost["ours"] - lost["no_memory_fast"])
+    found = bench.scenario_jobs.results_of(study, hand_made)["end"]
+    ahead = [row["auroc"] - found[m]["auroc"] for m, row in kept["ours"]["0"]["end"].items()]
+    assert kept["ours"]["less_hand_made"]["mean"][0] == pytest.approx(np.mean(ahead))
     heads = "| arm | probe [95 %] | less no_memory_fast's | less .3 of that |"
     assert heads in capsys.readouterr().out
 
