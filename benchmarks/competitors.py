@@ -27,7 +27,6 @@
                      no_memory from random weights, with the same values
   no_memory_fast, no_memory_teacher
                      no_memory with the learning rate of ours, and measured on its teacher
-  ours_student       ours, measured on its student
   dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
   fedprox            ours with FedProx' pull to the global weights
 and, in `leaving` and `alone`, from the round on after a site has left:
@@ -167,7 +166,6 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     ),
     "no_memory_fast": lambda: replace(without_memory(described=False), measured="student"),
     "no_memory_teacher": lambda: without_memory(described=False),
-    "ours_student": lambda: replace(ours(), measured="student"),
     "dino": lambda rate, temperature: arm_of(
         dino(prototypes=DINO_PROTOTYPES, temperature=temperature), rate=rate
     ),
