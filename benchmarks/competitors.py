@@ -15,6 +15,7 @@
                      half as many steps
   flat_weight_decay, no_local_views, warm_student, no_warmup, large_memory
                      ours with one value of the recipe changed, see OTHER_VALUES
+  low_rate           ours with the lower of the learning rates that the others try
   refilled, unweighted, rebuild, random_anchors, without_description,
   description_alone, without_memory, without_start
                      ours with one part taken out or replaced
@@ -156,6 +157,7 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "short_rounds": ours,
     **{name: partial(with_recipe, **values) for name, values in OTHER_VALUES.items()},
     "unweighted": unweighted,
+    "low_rate": lambda: scaled("optim", "learning_rate", RATES[1]),
     "random_anchors": random_anchors,
     "description_alone": description_alone,
     "without_memory": lambda: without_memory(described=True),

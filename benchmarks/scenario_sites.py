@@ -21,7 +21,7 @@ Indices = NDArray[np.int64]
 
 SCENARIOS: Final = (
     *("extreme", "skewed_0.5", "skewed_0.1", "sizes", "leaving", "joining", "participation"),
-    *("broken", "misnamed", "quarter", "sixteenth", "three", "alone"),
+    *("broken", "misnamed", "quarter", "sixteenth", "three", "alone", "endless"),
 )
 SHARES: Final[Mapping[str, float]] = {"quarter": 1 / 4, "sixteenth": 1 / 16}
 """Of its patients that each site keeps."""
@@ -38,9 +38,9 @@ CHANGING: Final[Mapping[str, tuple[str, ...]]] = {
     "alone": tuple(m for m in MODALITIES if m != STAYING),
 }
 """Modalities whose sites leave or join, at half time if ENDLESS does not say when."""
-ENDLESS: Final[Mapping[str, float]] = {"alone": 1 / 8}
+ENDLESS: Final[Mapping[str, float]] = {"alone": 1 / 8, "endless": 1 / 8}
 """Scenarios of a study whose end nobody knew: its learning rate stays at its peak; and the share of
-the rounds before sites leave."""
+the rounds before sites leave, if any do."""
 SHARE: Final = 0.3
 """Of the sites, in each round of `participation`."""
 BIG_SHARE: Final = 0.8

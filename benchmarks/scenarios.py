@@ -16,6 +16,7 @@ is measured; colour fundus on its single source):
   three          as extreme, without all sites but those of chest X-ray, ultrasound and OCT
   alone          all sites but CT's leave after an eighth of the rounds; the learning rate stays at
                  its peak
+  endless        as extreme, at that learning rate; nobody leaves
 Arms are in competitors.py; those against forgetting run in `leaving` and `alone` only. Within a
 scenario all arms see as many views (`local`: each site in every round).
 
@@ -143,12 +144,12 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
             points = {n: end[a] for a, n in amounts.items() if len(end.get(a, ())) == len(pairs)}
             if arm == first and len(points) > 1:
                 found[arm][key] = listed(per_doubling(points))
-    for arm, rows in changed(study, scenario, done).items():
+    for arm, rows in what_became(study, scenario, done).items():
         found[arm] |= rows
     return found
 
 
-def changed(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
+def what_became(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
     """Arm -> what became of the modalities whose sites left or joined, by both probes."""
     found: dict[str, dict[str, Any]] = {arm: {} for arm in done}
     names = CHANGING.get(scenario, ())

@@ -116,6 +116,17 @@ def test_arms_against_forgetting_run_where_somebody_leaves_alone(bench, study):
     assert len({job.name for job in jobs}) == 3
 
 
+def test_where_nobody_leaves_a_study_without_an_end_its_rate_stays_as_well(bench, study, hospitals):
+    (job,) = bench.scenarios.plan(study, ["endless"], ["low_rate"], [0], [4])
+    recipe = bench.scenario_run.recipe_from_json(job.recipe, "the job")
+    scenario = bench.scenario_run.build("endless", hospitals, 0, recipe.federation.rounds)
+    assert [scenario.answering(n) for n in (1, 2)] == [["cxr", "dermatology", "us"]] * 2
+    assert not scenario.changing
+    own = bench.scenario_run.arms_of(job, scenario)(2).recipe(recipe)
+    peak = recipe.optim.learning_rate * recipe.optim.batch_size / 256
+    assert [learning_rate(own, step) for step in range(4)] == pytest.approx([0.333 * peak] * 4)
+
+
 def test_where_all_but_one_leave_the_rate_stays_and_losses_are_held_against_fedavg(
     bench, study, hospitals, monkeypatch, capsys
 ):
