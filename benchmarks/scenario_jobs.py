@@ -2,6 +2,7 @@
 
 OUT/data, OUT/start      the hospitals' shards, and the weights before round 1 of each seed
 OUT/jobs/NAME.json       what to do
+OUT/weights/NAME.safetensors   the backbones that it ended with
 OUT/measured/NAME.json   what came of it, written last; OUT/measured/NAME.safetensors the draws
 A result counts only for the job it was made for: another recipe or other values make it anew.
 
@@ -161,13 +162,16 @@ def run_jobs(study: Study, jobs: Sequence[Job], processes: int) -> None:
     }
     absent = [command for file, command in starts.items() if not file.exists()]
     real_images.run_all(absent, processes, pinned=pinned)
-    commands = []
-    for job in missing:
-        file = study.out / "jobs" / f"{job.name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dataclasses.asdict(job))
-        commands.append([sys.executable, str(RUN), str(file)])
+    commands = [[sys.executable, str(RUN), str(job_file(study, job))] for job in missing]
     real_images.run_all(commands, processes, pinned=pinned)
+
+
+def job_file(study: Study, job: Job) -> Path:
+    """Write down what a process is told, for it to read."""
+    file = study.out / "jobs" / f"{job.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, dataclasses.asdict(job))
+    return file
 
 
 def results_of(study: Study, job: Job) -> dict[str, Any] | None:

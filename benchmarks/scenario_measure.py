@@ -159,15 +159,24 @@ def _probe(
         full[:, probe.classes_] = probe.predict_proba(scale.transform(part))
         return full
 
-    return auroc(scores(features[1]), val), _resampled(task, asked, scores(features[2]))
+    return auroc(scores(features[1]), val), resampled(
+        task, asked, scores(features[2]), task.labels(asked)
+    )
 
 
-def _resampled(task: Task, indices: NDArray[np.int64], scores: NDArray[np.float64]) -> Resampled:
+def resampled(
+    task: Task,
+    indices: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    name: str = "test images",
+) -> Resampled:
+    """AUROC of a task's images and its draws, the same for the same name; labels [n] or [n, C]."""
     groups = task.shard.patient[indices]
-    weights = draw_weights(groups, DRAWS, numpy_generator("test images", task.name))
+    weights = draw_weights(groups, DRAWS, numpy_generator(name, task.name))
     prediction = Prediction(
         model="", task=task.name, method="probe", fraction=100.0, seed=0, n_train=len(task.train),
-        scores=scores, labels=task.labels(indices), groups=groups,
+        scores=scores, labels=labels, groups=groups,
         classes=task.shard.classes[task.name],
     )  # fmt: skip
     return resample(prediction, weights)["auroc"]

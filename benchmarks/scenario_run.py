@@ -1,6 +1,7 @@
 """Does one job of benchmarks/scenarios.py: python benchmarks/scenario_run.py OUT/jobs/NAME.json."""
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from scenario_measure import OTHERS, Measured, mean_of, measure, of_network
 from scenario_sites import ENDLESS, Scenario, Sites, build
 
 from core.backbone import BACKBONE
-from core.checkpoint import read_json, save_arrays, write_json
+from core.checkpoint import Arrays, read_json, save_arrays, write_json
 from core.config import Recipe, recipe_from_json
 from core.evaluate import Task, labelled_tasks
 from core.evaluation.protocol import FeatureSource
@@ -79,7 +80,7 @@ def execute(job: Job, hospitals: Mapping[str, Sequence[Shard]], out: Path) -> No
     recipe = recipe_from_json(job.recipe, "the job")
     scenario = build(job.scenario, hospitals, job.seed, recipe.federation.rounds)
     meter = Meter(job, recipe, labelled_tasks([s for held in hospitals.values() for s in held]))
-    federations = []
+    federations, weights = [], {}
     for sites in runs_of(job, scenario):
         arms = arms_of(job, scenario)
         held = _held(sites) if job.arm == "local" else []
@@ -90,10 +91,16 @@ def execute(job: Job, hospitals: Mapping[str, Sequence[Shard]], out: Path) -> No
 
         federation = _run(job, _recipe_of(job, recipe, scenario), sites, scenario, arms, on_round)
         federations.append(federation)
+        measured = arms(recipe.federation.rounds).measured
         if job.tuning:
             meter.take_val(federation.state)
         else:
-            meter.take("end", federation.state, arms(recipe.federation.rounds).measured, held)
+            meter.take("end", federation.state, measured, held)
+            weights |= backbone_arrays(federation.state, measured, held)
+    if weights:
+        metadata = {"job": json.dumps(dataclasses.asdict(job))}
+        (out / "weights").mkdir(exist_ok=True)
+        save_arrays(out / "weights" / f"{job.name}.safetensors", weights, metadata)
     _write(job, out, meter, federations)
 
 
@@ -181,6 +188,15 @@ def _phantoms(job: Job, modality: str) -> Shard:
 
 def _held(sites: Sites) -> list[str]:
     return [name for shards in sites.values() for shard in shards for name in shard.classes]
+
+
+def backbone_arrays(state: GlobalState, network: str, held: Sequence[str]) -> Arrays:
+    """The weights that are measured, with the modalities `held` (all, if none) before each name."""
+    return {
+        f"{','.join(held)}/{name}": array
+        for name, array in getattr(state, network).items()
+        if name.startswith(BACKBONE)
+    }
 
 
 def weights_of(state: GlobalState) -> int:

@@ -17,12 +17,13 @@ IN_ORDER = (
         "scenario_compare",
         "scenario_cells",
         "scenario_leaving",
+        "scenario_fold_tables",
         "scenario_tables",
         "scenario_jobs",
         "scenario_run",
         "scenario_plot",
     ),
-    "scenarios",
+    *("scenarios", "scenario_folds"),
 )
 """Each imports only what stands before it."""
 TABLE = {

@@ -1,0 +1,32 @@
+"""Tables of what networks are worth on all labelled images, fold by fold (scenario_folds.py)."""
+
+from scenario_cells import Arms, difference, differences_of, figures, markdown, with_spread
+from scenario_compare import MEAN
+
+
+def folds(arms: Arms) -> str:
+    """The probe on all labelled images by five folds, and on those that no network saw."""
+    rows = []
+    for name, arm in arms.items():
+        if found := arm.get("folds"):
+            cells = []
+            for moment in ("folds", "folds_standard", "unseen"):
+                cells += [
+                    with_spread(figures(found, moment)[MEAN]),
+                    *(difference(found, f"{moment}_less_{other}") for other in ("ours", "init")),
+                ]
+            rows.append([name, *cells])
+    less = ["less ours [95 %]", "less init [95 %]"]
+    return markdown(["arm", "probe", *less, "usual probe", *less, "unseen", *less], rows)
+
+
+def folds_over_hand_made(arms: Arms) -> str:
+    """Each arm less hand-made features on all labelled images."""
+    found = {name: arm["folds"] for name, arm in arms.items() if "folds" in arm}
+    return differences_of(found, "folds_less_hand_made", "less hand-made [95 %]", MEAN)
+
+
+def folds_by_modality(arms: Arms) -> str:
+    """Each arm less ours on all labelled images."""
+    found = {name: arm["folds"] for name, arm in arms.items() if "folds" in arm}
+    return differences_of(found, "folds_less_ours", "less ours [95 %]", MEAN)

@@ -1,0 +1,93 @@
+"""What networks are worth on all labelled images, fold by fold."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from core.checkpoint import read_json
+from core.errors import UserError
+from core.evaluate import labelled_tasks
+from core.evaluation.protocol import FeatureSource
+from core.phantoms import make_phantoms
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Ultrasound of 72 patients of two images each."""
+    (found,) = labelled_tasks(
+        [make_phantoms("us", patients=72, images_per_patient=2, px=32, seed=1)]
+    )
+    return found
+
+
+def test_every_image_is_in_one_fold_with_all_of_its_patient_and_classes_are_dealt_evenly(
+    bench, task
+):
+    indices = np.arange(len(task.shard.label))
+    fold = bench.scenario_folds.folds_of(task, indices)
+    patients = [set(task.shard.patient[fold == number].tolist()) for number in range(5)]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 72
+    shares = [np.mean(task.shard.label[fold == number]) for number in range(5)]
+    assert np.ptp(shares) < 0.15
+    assert (fold == bench.scenario_folds.folds_of(task, indices)).all()
+
+
+def test_a_probe_never_scores_a_patient_whose_images_it_learned_from(bench, task):
+    patients = np.unique(task.shard.patient)
+    drawn = np.random.default_rng(0).permutation(len(patients)) % 2
+    label = drawn[np.searchsorted(patients, task.shard.patient)]
+    names = {"us": ("no", "yes")}
+    task = dataclasses.replace(
+        task, shard=dataclasses.replace(task.shard, label=label, classes=names)
+    )
+    by_patient = FeatureSource(  # tells each patient apart and nothing else
+        "patient", lambda task, i: np.eye(72, dtype=np.float32)[task.shard.patient[i] % 72]
+    )
+    by_label = FeatureSource("label", lambda task, i: task.shard.label[i, None].astype(np.float32))
+    found = bench.scenario_folds.measure_folds({"": by_patient, "_standard": by_label}, task)
+    assert found["folds"].value == pytest.approx(0.5, abs=0.15)
+    assert found["folds_standard"].value == found["unseen_standard"].value == 1
+
+
+def test_a_job_leaves_its_networks_and_folds_are_added_to_the_results(bench, study, hospitals):
+    arms = ["ours", "local", "hand_made"]
+    jobs = bench.scenarios.plan(study, ["extreme"], arms, [0], [None])
+    for job in jobs:
+        bench.scenario_run.execute(job, hospitals, study.out)
+    bench.scenarios.report(study, jobs)
+    before = read_json(study.results)["results"]["extreme"]["4"]
+    for job in jobs:
+        assert bench.scenario_folds.results_of(study, job) == {}
+        bench.scenario_folds.execute(job, study.out)
+    bench.scenario_folds.report(study, jobs)
+    rows = read_json(study.results)["results"]["extreme"]["4"]
+    found = {arm: rows[arm].pop("folds") for arm in arms}
+    assert rows == before
+    for moment in ("folds", "unseen", "folds_standard", "unseen_standard"):
+        ours, other = (found[arm]["0"][moment]["us"]["auroc"] for arm in ("ours", "hand_made"))
+        assert found["ours"][f"{moment}_less_hand_made"]["us"][0] == pytest.approx(ours - other)
+        assert f"{moment}_less_ours" not in found["ours"]
+        assert set(found["local"]["0"][moment]) == set(hospitals)
+    network, _ = (
+        bench.scenario_folds.sources_of(jobs[1], study.out)["us"][probe]
+        for probe in bench.scenario_folds.PROBES
+    )
+    (us,) = labelled_tasks(hospitals["us"])
+    value = bench.scenario_folds.measure_folds({"": network}, us)["folds"].value
+    assert found["local"]["0"]["folds"]["us"]["auroc"] == value
+    bench.scenarios.report(study, jobs)  # a later report of the tests keeps them
+    kept = read_json(study.results)["results"]["extreme"]["4"]
+    assert {arm: kept[arm]["folds"] for arm in arms} == found
+    table = bench.scenario_tables.KINDS["folds"]({arm: kept[arm] for arm in arms})
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {arm}" for arm in arms]
+
+
+def test_networks_of_another_recipe_or_none_are_not_measured(bench, study, hospitals):
+    (job,) = bench.scenarios.plan(study, ["extreme"], ["init"], [0], [None])
+    with pytest.raises(UserError, match=r"init-4-0\.safetensors' is not there.*run scenarios\.py"):
+        bench.scenario_folds.execute(job, study.out)
+    bench.scenario_run.execute(job, hospitals, study.out)
+    other = dataclasses.replace(job, values={"rate": 3.0})
+    with pytest.raises(UserError, match="of another recipe or other values"):
+        bench.scenario_folds.execute(other, study.out)
