@@ -12,7 +12,7 @@ weights and starts have not. `unseen` is the same of the images of val and test 
 network saw.
 
 Run: python benchmarks/scenario_folds.py --data DIR [--out DIR] [--scenarios ...] [--arms ...]
-     [--seeds 0 1 2] [--steps N] [--jobs 2]
+     [--seeds 0 1 2] [--steps N] [--jobs 2] [--plots DIR]
 after scenarios.py with the same words, which leaves OUT/weights. It resumes after a kill and adds
 to benchmarks/scenarios.json.
 """
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from scenario_compare import Draws, differences
 from scenario_jobs import Job, Study, job_file
 from scenario_measure import of_network, resampled
+from scenario_plot import draw_arms
 from scenario_run import SOLVED
 from scenario_sites import SCENARIOS
 from scenarios import ROOT, listed, plan
@@ -167,8 +168,11 @@ def draws_of(study: Study, jobs: Sequence[Job], moment: str) -> Draws:
     return draws
 
 
-def report(study: Study, jobs: Sequence[Job]) -> None:
-    """Add what was found to the study's results: figures by seed, differences to AGAINST."""
+def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None:
+    """Add what was found to the study's results, figures by seed and differences; draw a picture.
+
+    Differences are to AGAINST in `extreme`, as long as the recipe says.
+    """
     kept = read_json(study.results)
     groups: dict[tuple[str, str, str], list[Job]] = {}
     for job in jobs:
@@ -179,6 +183,7 @@ def report(study: Study, jobs: Sequence[Job]) -> None:
         for moment in MOMENTS
         for other in AGAINST
     }
+    drawn: dict[tuple[str, str], dict[str, Any]] = {}
     for (scenario, steps, arm), own in groups.items():
         rows = kept["results"].setdefault(scenario, {}).setdefault(steps, {}).setdefault(arm, {})
         rows["folds"] = found = {str(job.seed): results_of(study, job) for job in own}
@@ -186,7 +191,13 @@ def report(study: Study, jobs: Sequence[Job]) -> None:
             mine = draws_of(study, own, moment)
             if (scenario, arm) != ("extreme", other) and set(mine) & set(draws):
                 found[f"{moment}_less_{other}"] = listed(differences(mine, draws))
+        drawn.setdefault((scenario, steps), {})[arm] = found
     write_json(study.results, kept)
+    for (scenario, steps), arms in drawn.items():
+        title = f"{scenario}, {steps} steps a site, all labelled images"
+        if plots:
+            file = plots / f"{scenario}_folds.svg"
+            draw_arms(file, title, arms, "folds", "folds_less_ours")
 
 
 def main() -> None:
@@ -199,6 +210,7 @@ def main() -> None:
     arms = list(competitors.ARMS)
     parser.add_argument("--arms", nargs="+", default=arms, choices=arms)
     parser.add_argument("--steps", type=int, nargs="+", default=[None], help="of a site")
+    parser.add_argument("--plots", type=Path, help="directory for a picture a scenario")
     arguments = parser.parse_args()
     study = Study(arguments.data, arguments.out.resolve())
     jobs = plan(study, arguments.scenarios, arguments.arms, arguments.seeds, arguments.steps)
@@ -208,7 +220,7 @@ def main() -> None:
         if not results_of(study, job)
     ]
     real_images.run_all(commands, arguments.jobs)
-    report(study, jobs)
+    report(study, jobs, arguments.plots)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,27 @@ SEED, APART, NEAR = "#767676", "#D55E00", "#0072B2"
 ROW_INCHES: Final = 0.34
 
 
-def draw_arms(file: Path, title: str, arms: Arms) -> None:
+def draw_arms(
+    file: Path, title: str, arms: Arms, moment: str = "end", less: str = "less_ours"
+) -> None:
     """Draw an SVG, the best arm on top; an interval without 0 is red.
 
     Args:
         file: to write.
         title: of the scenario.
         arms: arm -> its results in scenarios.json.
+        moment: whose AUROC is drawn.
+        less: which difference is.
     """
-    means = {name: figures(arm, "end")[MEAN] for name, arm in arms.items()}
+    means = {name: figures(arm, moment)[MEAN] for name, arm in arms.items()}
     order = sorted(means, key=lambda arm: float(np.mean(means[arm])))
     figure = Figure(figsize=(9, 1.3 + ROW_INCHES * len(order)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for place, arm in enumerate(order):
         left.plot(means[arm], [place] * len(means[arm]), "|", color=SEED, markersize=9)
         left.plot(np.mean(means[arm]), place, "o", color=NEAR, markersize=6)
-        if "less_ours" in arms[arm]:
-            difference, low, high, _ = arms[arm]["less_ours"][MEAN]
+        if less in arms[arm]:
+            difference, low, high, _ = arms[arm][less][MEAN]
             colour = APART if low > 0 or high < 0 else NEAR
             right.plot([low, high], [place, place], color=colour, linewidth=2)
             right.plot(difference, place, "o", color=colour, markersize=6)

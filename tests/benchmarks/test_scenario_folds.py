@@ -60,7 +60,9 @@ def test_a_job_leaves_its_networks_and_folds_are_added_to_the_results(bench, stu
     for job in jobs:
         assert bench.scenario_folds.results_of(study, job) == {}
         bench.scenario_folds.execute(job, study.out)
-    bench.scenario_folds.report(study, jobs)
+    bench.scenario_folds.report(study, jobs, study.out)
+    picture = (study.out / "extreme_folds.svg").read_text()
+    assert all(f"<!-- {arm} -->" in picture for arm in arms)
     rows = read_json(study.results)["results"]["extreme"]["4"]
     found = {arm: rows[arm].pop("folds") for arm in arms}
     assert rows == before
