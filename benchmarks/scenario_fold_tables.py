@@ -22,11 +22,35 @@ def folds(arms: Arms) -> str:
 
 def folds_over_hand_made(arms: Arms) -> str:
     """Each arm less hand-made features on all labelled images."""
-    found = {name: arm["folds"] for name, arm in arms.items() if "folds" in arm}
-    return differences_of(found, "folds_less_hand_made", "less hand-made [95 %]", MEAN)
+    return _differences(arms, "folds_less_hand_made", "less hand-made [95 %]")
 
 
 def folds_by_modality(arms: Arms) -> str:
     """Each arm less ours on all labelled images."""
+    return _differences(arms, "folds_less_ours", "less ours [95 %]")
+
+
+def folds_lost(arms: Arms) -> str:
+    """How the probe on all labelled images changed once sites had left."""
+    return _differences(arms, "change", "probe, end less before [95 %]")
+
+
+def folds_lost_usual(arms: Arms) -> str:
+    """How the usual probe on all labelled images changed once sites had left."""
+    return _differences(arms, "change_standard", "usual probe, end less before [95 %]")
+
+
+def folds_share(arms: Arms) -> str:
+    """That change less .3 of FedAvg's."""
+    return _differences(arms, "change_less_share", "probe, less .3 of no_memory_fast's [95 %]")
+
+
+def folds_share_usual(arms: Arms) -> str:
+    """That change of the usual probe less .3 of FedAvg's."""
+    head = "usual probe, less .3 of no_memory_fast's [95 %]"
+    return _differences(arms, "change_less_share_standard", head)
+
+
+def _differences(arms: Arms, which: str, head: str) -> str:
     found = {name: arm["folds"] for name, arm in arms.items() if "folds" in arm}
-    return differences_of(found, "folds_less_ours", "less ours [95 %]", MEAN)
+    return differences_of(found, which, head, MEAN)

@@ -34,8 +34,8 @@ from scenario_jobs import Job, Study, job_file
 from scenario_measure import of_network, resampled
 from scenario_plot import draw_arms
 from scenario_run import SOLVED
-from scenario_sites import SCENARIOS
-from scenarios import ROOT, listed, plan
+from scenario_sites import CHANGING, SCENARIOS
+from scenarios import ROOT, listed, plan, what_became
 from scipy.stats import rankdata
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -106,11 +106,12 @@ def execute(job: Job, out: Path) -> None:
     hospitals = open_sites(out / "data")
     tasks = labelled_tasks([shard for held in hospitals.values() for shard in held])
     rows: dict[str, dict[str, Resampled]] = {}
-    for held, sources in sources_of(job, out).items():
-        for task in tasks:
-            if task.name not in SOLVED and (not held or task.name in held.split(",")):
-                for moment, measured in measure_folds(sources, task).items():
-                    rows.setdefault(moment, {})[task.name] = measured
+    for before in ("half_", "") if job.scenario in CHANGING else ("",):
+        for held, sources in sources_of(job, out, "-half" if before else "").items():
+            for task in tasks:
+                if task.name not in SOLVED and (not held or task.name in held.split(",")):
+                    for moment, measured in measure_folds(sources, task).items():
+                        rows.setdefault(f"{before}{moment}", {})[task.name] = measured
     draws, found = {}, {"job": dataclasses.asdict(job)}
     for moment, row in rows.items():
         found[moment] = {m: {"auroc": r.value, "freedom": r.freedom} for m, r in row.items()}
@@ -120,15 +121,17 @@ def execute(job: Job, out: Path) -> None:
     write_json(out / "folds" / f"{job.name}.json", found)
 
 
-def sources_of(job: Job, out: Path) -> dict[str, dict[str, FeatureSource]]:
+def sources_of(job: Job, out: Path, when: str = "") -> dict[str, dict[str, FeatureSource]]:
     """Modalities, empty for all -> one of PROBES -> features of the network that is for them.
+
+    At the end, or "-half".
 
     Raises:
         UserError: the job left no weights, or another one of its name did.
     """
     if source := competitors.WITHOUT_NETWORK.get(job.arm):
         return {"": dict.fromkeys(PROBES, source)}
-    file = out / "weights" / f"{job.name}.safetensors"
+    file = out / "weights" / f"{job.name}{when}.safetensors"
     arrays, metadata = load_arrays(file) if file.exists() else ({}, {"job": "{}"})
     if json.loads(metadata["job"]) != dataclasses.asdict(job):
         raise UserError(
@@ -192,12 +195,31 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
             if (scenario, arm) != ("extreme", other) and set(mine) & set(draws):
                 found[f"{moment}_less_{other}"] = listed(differences(mine, draws))
         drawn.setdefault((scenario, steps), {})[arm] = found
-    write_json(study.results, kept)
     for (scenario, steps), arms in drawn.items():
+        if scenario in CHANGING:
+            own = {arm: groups[scenario, steps, arm] for arm in arms}
+            for arm, rows in _changes(study, own, CHANGING[scenario]).items():
+                arms[arm] |= rows
         title = f"{scenario}, {steps} steps a site, all labelled images"
         if plots:
             file = plots / f"{scenario}_folds.svg"
             draw_arms(file, title, arms, "folds", "folds_less_ours")
+    write_json(study.results, kept)
+
+
+def _changes(
+    study: Study, jobs: Mapping[str, Sequence[Job]], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Arm -> how modalities changed whose sites left or joined, by both probes."""
+    found: dict[str, dict[str, Any]] = {arm: {} for arm in jobs}
+    for probe in PROBES:
+        half, end = (
+            {arm: draws_of(study, own, f"{before}folds{probe}") for arm, own in jobs.items()}
+            for before in ("half_", "")
+        )
+        for arm, rows in what_became(half, end, names).items():
+            found[arm] |= {f"{key}{probe}": row for key, row in rows.items()}
+    return found
 
 
 def main() -> None:

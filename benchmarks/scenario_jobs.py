@@ -2,7 +2,7 @@
 
 OUT/data, OUT/start      the hospitals' shards, and the weights before round 1 of each seed
 OUT/jobs/NAME.json       what to do
-OUT/weights/NAME.safetensors   the backbones that it ended with
+OUT/weights/NAME.safetensors   the backbones that it ended with; NAME-half: at half time
 OUT/measured/NAME.json   what came of it, written last; OUT/measured/NAME.safetensors the draws
 A result counts only for the job it was made for: another recipe or other values make it anew.
 

@@ -80,7 +80,9 @@ def execute(job: Job, hospitals: Mapping[str, Sequence[Shard]], out: Path) -> No
     recipe = recipe_from_json(job.recipe, "the job")
     scenario = build(job.scenario, hospitals, job.seed, recipe.federation.rounds)
     meter = Meter(job, recipe, labelled_tasks([s for held in hospitals.values() for s in held]))
-    federations, weights = [], {}
+    federations: list[Federation] = []
+    halves: Arrays = {}
+    weights: Arrays = {}
     for sites in runs_of(job, scenario):
         arms = arms_of(job, scenario)
         held = _held(sites) if job.arm == "local" else []
@@ -88,6 +90,7 @@ def execute(job: Job, hospitals: Mapping[str, Sequence[Shard]], out: Path) -> No
         def on_round(number: int, state: GlobalState, arms=arms, held=held) -> None:
             if number == scenario.half and scenario.changing and not job.tuning:
                 meter.take("half", state, arms(number).measured, held)
+                halves.update(backbone_arrays(state, arms(number).measured, held))
 
         federation = _run(job, _recipe_of(job, recipe, scenario), sites, scenario, arms, on_round)
         federations.append(federation)
@@ -97,10 +100,11 @@ def execute(job: Job, hospitals: Mapping[str, Sequence[Shard]], out: Path) -> No
         else:
             meter.take("end", federation.state, measured, held)
             weights |= backbone_arrays(federation.state, measured, held)
-    if weights:
-        metadata = {"job": json.dumps(dataclasses.asdict(job))}
-        (out / "weights").mkdir(exist_ok=True)
-        save_arrays(out / "weights" / f"{job.name}.safetensors", weights, metadata)
+    for moment, arrays in (("-half", halves), ("", weights)):
+        if arrays:
+            (out / "weights").mkdir(exist_ok=True)
+            file = out / "weights" / f"{job.name}{moment}.safetensors"
+            save_arrays(file, arrays, {"job": json.dumps(dataclasses.asdict(job))})
     _write(job, out, meter, federations)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import scenario_fold_tables
 from scenario_cells import (
     Arm,
     Arms,
@@ -30,7 +31,6 @@ from scenario_cells import (
     with_spread,
 )
 from scenario_compare import MEAN
-from scenario_fold_tables import folds, folds_by_modality, folds_over_hand_made
 from scenario_leaving import change, forgotten, lost, lost_usual
 
 from core.checkpoint import read_json, write_atomically
@@ -173,8 +173,11 @@ KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
     "over_no_memory": over_no_memory, "change": change, "forgotten": forgotten, "lost": lost,
     "lost_usual": lost_usual, "noticed": noticed, "cpu": cpu,
-    "folds": folds, "folds_over_hand_made": folds_over_hand_made,
-    "folds_by_modality": folds_by_modality,
+    **{
+        name: table
+        for name, table in vars(scenario_fold_tables).items()
+        if name.startswith("folds")
+    },
 }  # fmt: skip
 
 

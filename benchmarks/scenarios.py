@@ -144,25 +144,26 @@ def compared(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any
             points = {n: end[a] for a, n in amounts.items() if len(end.get(a, ())) == len(pairs)}
             if arm == first and len(points) > 1:
                 found[arm][key] = listed(per_doubling(points))
-    for arm, rows in what_became(study, scenario, done).items():
-        found[arm] |= rows
+    for probe in ("", "_standard") if scenario in CHANGING else ():
+        half, last = (draws(study, done, f"{moment}{probe}") for moment in ("half", "end"))
+        for arm, rows in what_became(half, last, CHANGING[scenario]).items():
+            found[arm] |= {f"{key}{probe}": row for key, row in rows.items()}
     return found
 
 
-def what_became(study: Study, scenario: str, done: Done) -> dict[str, dict[str, Any]]:
-    """Arm -> what became of the modalities whose sites left or joined, by both probes."""
-    found: dict[str, dict[str, Any]] = {arm: {} for arm in done}
-    names = CHANGING.get(scenario, ())
-    for probe in ("", "_standard") if names else ():
-        half, end = (draws(study, done, f"{moment}{probe}") for moment in ("half", "end"))
-        none = {arm: changes(rows, rows, names) for arm, rows in end.items()}
-        own = {arm: changes(end[arm], half[arm], names) for arm in done}
-        for arm in (arm for arm in done if own[arm]):
-            found[arm][f"change{probe}"] = listed(differences(own[arm], none[arm]))
-            if set(own[arm]) & set(own.get(FORGETFUL, ())):
-                for key, share in (("fedavg", 1.0), ("share", SHARE_LOST)):
-                    other = changes(end[FORGETFUL], half[FORGETFUL], names, share)
-                    found[arm][f"change_less_{key}{probe}"] = listed(differences(own[arm], other))
+def what_became(
+    half: Mapping[str, Draws], end: Mapping[str, Draws], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Arm -> how the modalities whose sites left or joined changed, and that less FedAvg's."""
+    found: dict[str, dict[str, Any]] = {arm: {} for arm in end}
+    none = {arm: changes(rows, rows, names) for arm, rows in end.items()}
+    own = {arm: changes(end[arm], half[arm], names) for arm in end}
+    for arm in (arm for arm in end if own[arm]):
+        found[arm]["change"] = listed(differences(own[arm], none[arm]))
+        if set(own[arm]) & set(own.get(FORGETFUL, ())):
+            for key, share in (("fedavg", 1.0), ("share", SHARE_LOST)):
+                other = changes(end[FORGETFUL], half[FORGETFUL], names, share)
+                found[arm][f"change_less_{key}"] = listed(differences(own[arm], other))
     return found
 
 

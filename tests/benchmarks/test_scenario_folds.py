@@ -93,3 +93,28 @@ def test_networks_of_another_recipe_or_none_are_not_measured(bench, study, hospi
     other = dataclasses.replace(job, values={"rate": 3.0})
     with pytest.raises(UserError, match="of another recipe or other values"):
         bench.scenario_folds.execute(other, study.out)
+
+
+def test_what_is_lost_when_sites_leave_is_the_end_less_half_time(bench, study, hospitals):
+    arms = ["ours", "no_memory_fast"]
+    jobs = bench.scenarios.plan(study, ["leaving"], arms, [0], [4])
+    bench.scenario_jobs.write_json(
+        study.results, {"recipe_sha256": study.recipe_sha256, "results": {}}
+    )
+    for job in jobs:
+        bench.scenario_run.execute(job, hospitals, study.out)
+        bench.scenario_folds.execute(job, study.out)
+    bench.scenario_folds.report(study, jobs)
+    kept = read_json(study.results)["results"]["leaving"]["4"]
+    for probe in ("", "_standard"):
+        lost = {}
+        for arm in arms:
+            row = kept[arm]["folds"]["0"]
+            end, half = (row[f"{m}folds{probe}"]["us"]["auroc"] for m in ("", "half_"))
+            assert end != half
+            lost[arm] = end - half
+            assert kept[arm]["folds"][f"change{probe}"]["us"][0] == pytest.approx(lost[arm])
+        share = kept["ours"]["folds"][f"change_less_share{probe}"]["us"][0]
+        assert share == pytest.approx(lost["ours"] - 0.3 * lost["no_memory_fast"])
+    table = bench.scenario_tables.KINDS["folds_lost"](kept)
+    assert f"{kept['ours']['folds']['change']['us'][0]:+.3f}" in table
