@@ -35,7 +35,7 @@ from scenario_measure import of_network, resampled
 from scenario_plot import draw_arms
 from scenario_run import SOLVED
 from scenario_sites import CHANGING, SCENARIOS
-from scenarios import ROOT, listed, plan, what_became
+from scenarios import FORGETFUL, ROOT, listed, plan, what_became
 from scipy.stats import rankdata
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -110,8 +110,8 @@ def execute(job: Job, out: Path) -> None:
         for held, sources in sources_of(job, out, "-half" if before else "").items():
             for task in tasks:
                 if task.name not in SOLVED and (not held or task.name in held.split(",")):
-                    for moment, measured in measure_folds(sources, task).items():
-                        rows.setdefault(f"{before}{moment}", {})[task.name] = measured
+                    for moment, auroc in measure_folds(sources, task).items():
+                        rows.setdefault(f"{before}{moment}", {})[task.name] = auroc
     draws, found = {}, {"job": dataclasses.asdict(job)}
     for moment, row in rows.items():
         found[moment] = {m: {"auroc": r.value, "freedom": r.freedom} for m, r in row.items()}
@@ -171,16 +171,24 @@ def draws_of(study: Study, jobs: Sequence[Job], moment: str) -> Draws:
     return draws
 
 
+def measured(study: Study, job: Job) -> list[Job]:
+    """The jobs that differ from one in their seed alone and were measured, whoever asked."""
+    steps, seeds = int(job.name.split("-")[-2]), sorted({*SEEDS, job.seed})
+    jobs = plan(study, [job.scenario], [job.arm], seeds, [steps])
+    return [job for job in jobs if results_of(study, job)]
+
+
 def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None:
     """Add what was found to the study's results, figures by seed and differences; draw a picture.
 
     Differences are to AGAINST in `extreme`, as long as the recipe says.
     """
     kept = read_json(study.results)
-    groups: dict[tuple[str, str, str], list[Job]] = {}
-    for job in jobs:
-        if results_of(study, job):
-            groups.setdefault((job.scenario, job.name.split("-")[-2], job.arm), []).append(job)
+    groups = {
+        (job.scenario, job.name.split("-")[-2], job.arm): measured(study, job)
+        for job in jobs
+        if results_of(study, job)
+    }
     held = {
         (moment, other): draws_of(study, plan(study, ["extreme"], [other], SEEDS, [None]), moment)
         for moment in MOMENTS
@@ -197,9 +205,12 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
         drawn.setdefault((scenario, steps), {})[arm] = found
     for (scenario, steps), arms in drawn.items():
         if scenario in CHANGING:
+            (fedavg,) = plan(study, [scenario], [FORGETFUL], SEEDS[:1], [int(steps)])
             own = {arm: groups[scenario, steps, arm] for arm in arms}
-            for arm, rows in _changes(study, own, CHANGING[scenario]).items():
-                arms[arm] |= rows
+            own.setdefault(FORGETFUL, measured(study, fedavg))
+            changes = _changes(study, own, CHANGING[scenario])
+            for arm, found in arms.items():
+                found |= changes[arm]
         title = f"{scenario}, {steps} steps a site, all labelled images"
         if plots:
             file = plots / f"{scenario}_folds.svg"

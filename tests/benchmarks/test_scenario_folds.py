@@ -116,5 +116,7 @@ def test_what_is_lost_when_sites_leave_is_the_end_less_half_time(bench, study, h
             assert kept[arm]["folds"][f"change{probe}"]["us"][0] == pytest.approx(lost[arm])
         share = kept["ours"]["folds"][f"change_less_share{probe}"]["us"][0]
         assert share == pytest.approx(lost["ours"] - 0.3 * lost["no_memory_fast"])
+    bench.scenario_folds.report(study, jobs[:1])  # FedAvg is there to be compared with
+    assert read_json(study.results)["results"]["leaving"]["4"] == kept
     table = bench.scenario_tables.KINDS["folds_lost"](kept)
     assert f"{kept['ours']['folds']['change']['us'][0]:+.3f}" in table
