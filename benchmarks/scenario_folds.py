@@ -182,8 +182,16 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
     """Add what was found to the study's results, figures by seed and differences; draw a picture.
 
     Differences are to AGAINST in `extreme`, as long as the recipe says.
+
+    Raises:
+        UserError: the results are of another recipe.
     """
     kept = read_json(study.results)
+    if kept["recipe_sha256"] != study.recipe_sha256:
+        raise UserError(
+            f"'{study.results}' holds results of another recipe than '{study.recipe_file}': run "
+            "scenarios.py with it first"
+        )
     groups = {
         (job.scenario, job.name.split("-")[-2], job.arm): measured(study, job)
         for job in jobs

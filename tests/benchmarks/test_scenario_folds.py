@@ -90,6 +90,11 @@ def test_networks_of_another_recipe_or_none_are_not_measured(bench, study, hospi
     with pytest.raises(UserError, match=r"init-4-0\.safetensors' is not there.*run scenarios\.py"):
         bench.scenario_folds.execute(job, study.out)
     bench.scenario_run.execute(job, hospitals, study.out)
+    results = {"recipe_sha256": "another", "results": {}}
+    bench.scenario_jobs.write_json(study.results, results)
+    with pytest.raises(UserError, match=r"results of another recipe.*run scenarios\.py"):
+        bench.scenario_folds.report(study, [job])
+    assert read_json(study.results) == results
     other = dataclasses.replace(job, values={"rate": 3.0})
     with pytest.raises(UserError, match="of another recipe or other values"):
         bench.scenario_folds.execute(other, study.out)
