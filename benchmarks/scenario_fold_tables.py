@@ -30,6 +30,22 @@ def folds_by_modality(arms: Arms) -> str:
     return _differences(arms, "folds_less_ours", "less ours [95 %]")
 
 
+def folds_by_modality_usual(arms: Arms) -> str:
+    """The same of the usual probe."""
+    return _differences(arms, "folds_standard_less_ours", "usual probe, less ours [95 %]")
+
+
+def folds_over_without_start(arms: Arms) -> str:
+    """Each arm less ours from random weights, on all labelled images."""
+    return _differences(arms, "folds_less_without_start", "less without_start [95 %]")
+
+
+def folds_over_without_start_usual(arms: Arms) -> str:
+    """The same of the usual probe."""
+    head = "usual probe, less without_start [95 %]"
+    return _differences(arms, "folds_standard_less_without_start", head)
+
+
 def folds_lost(arms: Arms) -> str:
     """How the probe on all labelled images changed once sites had left."""
     return _differences(arms, "change", "probe, end less before [95 %]")

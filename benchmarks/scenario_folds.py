@@ -19,6 +19,7 @@ to benchmarks/scenarios.json.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ FOLDS: Final = 5
 PROBES: Final[Mapping[str, str]] = {"": "network", "_standard": "standard"}
 """What follows the name of a moment, and which of scenario_measure's probes it is."""
 MOMENTS: Final = tuple(f"{part}{probe}" for part in ("folds", "unseen") for probe in PROBES)
-AGAINST: Final = ("ours", "init", "hand_made")
+AGAINST: Final = ("ours", "init", "hand_made", "without_start")
 """Arms that each is held against."""
 SEEDS: Final = (0, 1, 2)
 Indices = NDArray[np.int64]
@@ -111,7 +112,8 @@ def execute(job: Job, out: Path) -> None:
             for task in tasks:
                 if task.name not in SOLVED and (not held or task.name in held.split(",")):
                     for moment, auroc in measure_folds(sources, task).items():
-                        rows.setdefault(f"{before}{moment}", {})[task.name] = auroc
+                        if not before or moment.startswith("folds"):
+                            rows.setdefault(f"{before}{moment}", {})[task.name] = auroc
     draws, found = {}, {"job": dataclasses.asdict(job)}
     for moment, row in rows.items():
         found[moment] = {m: {"auroc": r.value, "freedom": r.freedom} for m, r in row.items()}
@@ -181,7 +183,8 @@ def measured(study: Study, job: Job) -> list[Job]:
 def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None:
     """Add what was found to the study's results, figures by seed and differences; draw a picture.
 
-    Differences are to AGAINST in `extreme`, as long as the recipe says.
+    Differences are to AGAINST in `extreme`, as long as the recipe says; in `extreme` itself, of the
+    same length if that was measured.
 
     Raises:
         UserError: the results are of another recipe.
@@ -197,8 +200,11 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
         for job in jobs
         if results_of(study, job)
     }
-    held = {
-        (moment, other): draws_of(study, plan(study, ["extreme"], [other], SEEDS, [None]), moment)
+    held: dict[tuple[int | None, str, str], Draws] = {
+        (steps, moment, other): draws_of(
+            study, plan(study, ["extreme"], [other], SEEDS, [steps]), moment
+        )
+        for steps in {None, *(int(steps) for scenario, steps, _ in groups if scenario == "extreme")}
         for moment in MOMENTS
         for other in AGAINST
     }
@@ -206,8 +212,10 @@ def report(study: Study, jobs: Sequence[Job], plots: Path | None = None) -> None
     for (scenario, steps, arm), own in groups.items():
         rows = kept["results"].setdefault(scenario, {}).setdefault(steps, {}).setdefault(arm, {})
         rows["folds"] = found = {str(job.seed): results_of(study, job) for job in own}
-        for (moment, other), draws in held.items():
+        length = int(steps) if scenario == "extreme" else None
+        for moment, other in itertools.product(MOMENTS, AGAINST):
             mine = draws_of(study, own, moment)
+            draws = held[length, moment, other] or held[None, moment, other]
             if (scenario, arm) != ("extreme", other) and set(mine) & set(draws):
                 found[f"{moment}_less_{other}"] = listed(differences(mine, draws))
         drawn.setdefault((scenario, steps), {})[arm] = found

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core.checkpoint import read_json
+from core.checkpoint import read_json, save_arrays
 from core.errors import UserError
 from core.evaluate import labelled_tasks
 from core.evaluation.protocol import FeatureSource
@@ -83,6 +83,29 @@ def test_a_job_leaves_its_networks_and_folds_are_added_to_the_results(bench, stu
     assert {arm: kept[arm]["folds"] for arm in arms} == found
     table = bench.scenario_tables.KINDS["folds"]({arm: kept[arm] for arm in arms})
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {arm}" for arm in arms]
+
+
+def test_arms_of_another_length_are_held_against_those_of_that_length(bench, study):
+    """Where they were measured; what was found of the networks is made up here."""
+    plan = bench.scenarios.plan
+    jobs = plan(study, ["extreme"], ["init", "ours"], [0], [4])
+    longer = plan(study, ["extreme"], ["ours", "local"], [0], [6])
+    (study.out / "folds").mkdir(exist_ok=True)
+    drawn = bench.scenario_measure.DRAWS
+    for job, auroc in zip((*jobs, *longer), (0.6, 0.7, 0.8, 0.9), strict=True):
+        found = {"folds": {"us": {"auroc": auroc, "freedom": 30.0}}}
+        file = study.out / "folds" / f"{job.name}.json"
+        bench.scenario_jobs.write_json(file, {"job": dataclasses.asdict(job), **found})
+        draws = np.random.default_rng(0).normal(auroc, 0.01, drawn).astype(np.float32)
+        save_arrays(file.with_suffix(".safetensors"), {"folds/us": draws})
+    bench.scenario_jobs.write_json(
+        study.results, {"recipe_sha256": study.recipe_sha256, "results": {}}
+    )
+    bench.scenario_folds.report(study, [*jobs, *longer])
+    kept = read_json(study.results)["results"]["extreme"]
+    assert kept["4"]["init"]["folds"]["folds_less_ours"]["us"][0] == pytest.approx(0.6 - 0.7)
+    assert kept["6"]["local"]["folds"]["folds_less_ours"]["us"][0] == pytest.approx(0.9 - 0.8)
+    assert kept["6"]["local"]["folds"]["folds_less_init"]["us"][0] == pytest.approx(0.9 - 0.6)
 
 
 def test_networks_of_another_recipe_or_none_are_not_measured(bench, study, hospitals):

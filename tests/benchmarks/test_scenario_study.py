@@ -85,8 +85,11 @@ def test_tuning_runs_all_tries_and_writes_the_choice_that_a_study_then_takes(
     assert bench.competitors.chosen_values("dino", study.recipe_sha256, file) == (chosen, True)
 
 
-def test_alone_each_site_trains_in_every_round_and_is_measured_on_its_own(bench, study, hospitals):
-    (job,) = bench.scenarios.plan(study, ["leaving"], ["local"], [0], [4])
+@pytest.mark.parametrize("arm", ["local", "local_without_start"])
+def test_alone_each_site_trains_in_every_round_and_is_measured_on_its_own(
+    bench, study, hospitals, arm
+):
+    (job,) = bench.scenarios.plan(study, ["leaving"], [arm], [0], [4])
     bench.scenario_run.execute(job, hospitals, study.out)
     result = bench.scenario_jobs.results_of(study, job)
     assert result["site_steps"] == 3 * 4
@@ -94,8 +97,9 @@ def test_alone_each_site_trains_in_every_round_and_is_measured_on_its_own(bench,
     assert result["measurements"] == 2 * 3
 
 
-def test_pooled_sees_as_many_views_a_step_as_all_sites_that_answer(bench, study, hospitals):
-    (job,) = bench.scenarios.plan(study, ["skewed_0.5"], ["pooled"], [0], [4])
+@pytest.mark.parametrize("arm", ["pooled", "pooled_without_start"])
+def test_pooled_sees_as_many_views_a_step_as_all_sites_that_answer(bench, study, hospitals, arm):
+    (job,) = bench.scenarios.plan(study, ["skewed_0.5"], [arm], [0], [4])
     recipe = bench.scenario_run.recipe_from_json(job.recipe, "the job")
     scenario = bench.scenario_run.build(job.scenario, hospitals, 0, 2)
     pooled = bench.scenario_run._recipe_of(job, recipe, scenario)
