@@ -24,8 +24,8 @@
   ours_25600, no_memory_25600, ours_wide
                      ours and no_memory from the longer start, ours from the wide one, with the
                      values that they have without
-  local_without_start, pooled_without_start, no_memory_without_start
-                     local, pooled and no_memory from random weights, with the same values
+  local_without_start, no_memory_without_start
+                     local and no_memory from random weights, with the same values
   no_memory_fast, no_memory_teacher
                      no_memory with the learning rate of ours, and measured on its teacher
   dino, mae, fedema  DINO, a masked autoencoder, FedEMA: each from its paper, see its module
@@ -122,8 +122,6 @@ LENGTHS: Final = ("init", *(name for name in STARTS_ALONE if WIDTHS.get(name, 1)
 UNTRAINED: Final = ("init", "random", *STARTS_ALONE, *WITHOUT_NETWORK)
 LOCAL: Final = ("local", "local_without_start")
 """Arms in which each site is alone."""
-POOLED: Final = ("pooled", "pooled_without_start")
-"""Arms in which all images are on one machine."""
 TUNED_AS: Final[Mapping[str, str]] = {
     "no_memory_25600": "no_memory", "no_memory_without_start": "no_memory",
 }  # fmt: skip
@@ -154,7 +152,8 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "random": lambda: without_start(ours()),
     "pixels": without_network,
     "hand_made": without_network,
-    **dict.fromkeys((LOCAL[0], POOLED[0]), ours),
+    "local": ours,
+    "pooled": ours,
     "frozen": frozen,
     "long_rounds": ours,
     "short_rounds": ours,
@@ -164,7 +163,7 @@ ARMS: Final[Mapping[str, Callable[..., Arm]]] = {
     "random_anchors": random_anchors,
     "description_alone": description_alone,
     "without_memory": lambda: without_memory(described=True),
-    **dict.fromkeys(("without_start", LOCAL[1], POOLED[1]), lambda: without_start(ours())),
+    **dict.fromkeys(("without_start", "local_without_start"), lambda: without_start(ours())),
     **dict.fromkeys(("no_memory", "no_memory_25600"), partial(without_memory, described=False)),
     "no_memory_without_start": lambda rate, koleo: without_start(
         without_memory(described=False, rate=rate, koleo=koleo)

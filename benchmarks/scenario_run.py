@@ -109,10 +109,10 @@ def execute(job: Job, hospitals: Mapping[str, Sequence[Shard]], out: Path) -> No
 
 
 def runs_of(job: Job, scenario: Scenario) -> list[Sites]:
-    """The federations of an arm: all sites; one a site for LOCAL; one big site for POOLED."""
+    """The federations of an arm: all sites; one a site for LOCAL; one big site for `pooled`."""
     if job.arm in competitors.LOCAL:
         return [{name: shards} for name, shards in scenario.sites.items()]
-    if job.arm in competitors.POOLED:
+    if job.arm == "pooled":
         return [{"pooled": [shard for held in scenario.sites.values() for shard in held]}]
     stand_ins: Sites = {}
     if job.arm == "rehearsal":
@@ -143,7 +143,7 @@ def _endless(arm: Arm, share: float) -> Arm:
 
 def who_answers(job: Job, scenario: Scenario, sites: Sites) -> Callable[[int], list[str]]:
     """Round -> names: as the scenario says, stand-ins after half time, one site always."""
-    if job.arm in (*competitors.LOCAL, *competitors.POOLED):
+    if job.arm in (*competitors.LOCAL, "pooled"):
         return lambda number: list(sites)
     stand_ins = [name for name in sites if name not in scenario.sites]
     return lambda number: [
@@ -171,7 +171,7 @@ def _run(
 
 def _recipe_of(job: Job, recipe: Recipe, scenario: Scenario) -> Recipe:
     """Pooled, a step has the images of all sites that answer in it; the rate is for 256 images."""
-    if job.arm not in competitors.POOLED:
+    if job.arm != "pooled":
         return recipe
     rounds = range(1, recipe.federation.rounds + 1)
     count = max(1, round(float(np.mean([len(scenario.answering(n)) for n in rounds]))))

@@ -70,8 +70,8 @@ def test_the_loss_of_a_competitor_falls_in_a_few_steps_and_its_gradient_is_finit
 
 def test_every_arm_federates_two_rounds_with_finite_weights(bench, study_recipe, hospitals):
     recipe = bench.federation_loop.changed(study_recipe, federation={"local_steps": 1})
-    elsewhere = {"init", "rehearsal", *bench.competitors.WITHOUT_NETWORK}
-    elsewhere |= {*bench.competitors.LOCAL, *bench.competitors.POOLED}
+    elsewhere = {"init", "pooled", "rehearsal", *bench.competitors.WITHOUT_NETWORK}
+    elsewhere |= {*bench.competitors.LOCAL}
     elsewhere |= {*bench.competitors.ROUND_LENGTHS, *bench.competitors.STARTS}
     for name in set(bench.competitors.ARMS) - elsewhere:
         values, _ = bench.competitors.chosen_values(
