@@ -173,11 +173,7 @@ KINDS: Final[Mapping[str, Callable[[Arms], str]]] = {
     "width_growth": width_growth, "data_growth": data_growth, "over_extreme": over_extreme,
     "over_no_memory": over_no_memory, "change": change, "forgotten": forgotten, "lost": lost,
     "lost_usual": lost_usual, "noticed": noticed, "cpu": cpu,
-    **{
-        name: table
-        for name, table in vars(scenario_fold_tables).items()
-        if name.startswith("folds")
-    },
+    **scenario_fold_tables.TABLES,
 }  # fmt: skip
 
 
