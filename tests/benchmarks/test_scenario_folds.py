@@ -134,6 +134,8 @@ def test_what_is_lost_when_sites_leave_is_the_end_less_half_time(bench, study, h
         bench.scenario_folds.execute(job, study.out)
     bench.scenario_folds.report(study, jobs)
     kept = read_json(study.results)["results"]["leaving"]["4"]
+    moments = {key for key, found in kept["ours"]["folds"]["0"].items() if "us" in found}
+    assert {key for key in moments if "unseen" in key} == {"unseen", "unseen_standard"}
     for probe in ("", "_standard"):
         lost = {}
         for arm in arms:
